@@ -1,0 +1,76 @@
+//! The same brokers in containers, for those who have an engine: `compose/compose.yaml`.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::Service;
+use crate::recipe::Node;
+
+/// Whether a Docker engine answers and the client has `docker compose`. The client alone is not enough.
+pub fn answers() -> bool {
+    let succeeds = |arguments: &[&str]| {
+        Command::new("docker")
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .is_ok_and(|status| status.success())
+    };
+    succeeds(&["info", "--format", "{{.ServerVersion}}"]) && succeeds(&["compose", "version"])
+}
+
+/// `docker compose` on the project's file with these arguments.
+pub fn compose(arguments: &[&str]) -> Command {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("compose.yaml");
+    let mut command = Command::new("docker");
+    command
+        .args([
+            "compose",
+            "--project-name",
+            "messaging-lab",
+            "--profile",
+            "*",
+            "--file",
+        ])
+        .arg(file);
+    command.args(arguments);
+    command
+}
+
+/// The service as a node whose process is `docker compose up`, which stops the container when it is stopped itself.
+pub(crate) fn node(service: Service) -> Node {
+    let web = service
+        .default_web_port()
+        .map(|port| format!("http://127.0.0.1:{port}"));
+    let health = match (service, &web) {
+        (Service::RabbitMq, Some(web)) => Some(format!("{web}/api/overview")),
+        (Service::Nats, Some(web)) => Some(format!("{web}/healthz")),
+        (Service::Pulsar, Some(web)) => Some(format!("{web}/admin/v2/brokers/health")),
+        _ => None,
+    };
+    Node {
+        number: 1,
+        prepare: None,
+        run: compose(&["up", "--no-log-prefix", service.name()]),
+        address: format!("127.0.0.1:{}", service.default_port()),
+        web,
+        health,
+    }
+}
+
+/// `kill`, `pause`, `unpause` or `restart` of the service's container.
+pub(crate) fn signal(service: Service, verb: &str) -> Result<()> {
+    let output = compose(&[verb, service.name()])
+        .output()
+        .context("cannot run docker")?;
+    if !output.status.success() {
+        bail!(
+            "docker compose {verb} {service} failed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(())
+}

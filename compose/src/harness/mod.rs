@@ -1,0 +1,882 @@
+//! What the tests of the examples are made of: running a program under observation, breaking things under it, and
+//! comparing a header's transcript with what happens.
+//!
+//! The smoke test of a whole package is one line, see [`transcripts`]. A test of a guarantee goes like this:
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use compose::{Broker, Service, harness::Example};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! # let binary = "target/debug/kafka_manual_commit";  // in a test: env!("CARGO_BIN_EXE_kafka_manual_commit")
+//! let broker = Broker::private(Service::Kafka)?;
+//! let limit = Duration::from_secs(30);
+//! let mut consumer = Example::new(binary).broker(&broker).spawn()?;
+//! consumer.wait_for("order-1 processed", limit)?;
+//! consumer.kill()?;
+//! let mut consumer = Example::new(binary).broker(&broker).spawn()?;
+//! consumer.wait_for("order-1 processed", limit)?;
+//! consumer.interrupt()?;
+//! consumer.wait(limit)?.ok()?;
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod transcript;
+
+use std::ffi::{OsStr, OsString};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::Once;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+use std::{fmt, thread};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
+
+use crate::process::Supervised;
+use crate::workspace::{ExampleInfo, Workspace};
+use crate::{Broker, Service};
+use transcript::{Fault, Stage, Transcript};
+
+/// How often to look whether a silent program has ended: an exit is no event on its pipes as long as a descendant
+/// holds them open.
+const TICK: Duration = Duration::from_millis(20);
+
+/// A program to run under observation.
+#[derive(Debug)]
+pub struct Example {
+    command: Command,
+    stdin: Input,
+}
+
+#[derive(Debug)]
+enum Input {
+    Bytes(Vec<u8>),
+    Open,
+}
+
+/// Sees to it that programs started from here can be interrupted.
+///
+/// A shell starts what it puts in the background with SIGINT ignored, and so do some CI systems; programs inherit that,
+/// and one that is a shell script can't undo it. A handler, unlike an ignored signal, is not inherited.
+fn let_interrupts_through() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let ignored = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigIgn:"))
+            .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+            .is_some_and(|mask| mask & (1 << (Signal::SIGINT as u64 - 1)) != 0);
+        if ignored {
+            let _ = ctrlc::set_handler(|| std::process::exit(130));
+        }
+    });
+}
+
+impl Example {
+    /// A program by its path, in a test `env!("CARGO_BIN_EXE_…")`. Its standard input is empty.
+    pub fn new(program: impl AsRef<Path>) -> Example {
+        Example {
+            command: Command::new(program.as_ref()),
+            stdin: Input::Bytes(Vec::new()),
+        }
+    }
+
+    /// Adds arguments.
+    #[must_use]
+    pub fn args(mut self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Example {
+        self.command.args(args);
+        self
+    }
+
+    /// Sets a variable of its environment.
+    #[must_use]
+    pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Example {
+        self.command.env(name, value);
+        self
+    }
+
+    /// Tells it where the broker is.
+    #[must_use]
+    pub fn broker(mut self, broker: &Broker) -> Example {
+        self.command.envs(broker.env());
+        self
+    }
+
+    /// What it reads from standard input.
+    #[must_use]
+    pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Example {
+        self.stdin = Input::Bytes(bytes.into());
+        self
+    }
+
+    /// Keeps its standard input open for [`Running::write_stdin`].
+    #[must_use]
+    pub fn open_stdin(mut self) -> Example {
+        self.stdin = Input::Open;
+        self
+    }
+
+    /// The folder that it runs in.
+    #[must_use]
+    pub fn current_dir(mut self, folder: impl AsRef<Path>) -> Example {
+        self.command.current_dir(folder);
+        self
+    }
+
+    /// Starts it. It ends when the [`Running`] is dropped, or when this process ends, even by SIGKILL.
+    ///
+    /// # Errors
+    /// There is no such program, or it cannot be started.
+    pub fn spawn(self) -> Result<Running> {
+        let program = PathBuf::from(self.command.get_program());
+        ensure!(
+            program.is_file(),
+            "there is no program {}",
+            program.display()
+        );
+        let_interrupts_through();
+        let mut process = Supervised::spawn(&self.command, Stdio::piped(), Stdio::piped(), None)?;
+        let mut stdin = process.take_stdin();
+        if let Input::Bytes(bytes) = self.stdin
+            && let Some(mut pipe) = stdin.take()
+            && !bytes.is_empty()
+        {
+            // A program that never reads would block the test; one that ends early is not a fault of its input.
+            thread::spawn(move || pipe.write_all(&bytes).ok());
+        }
+        let (sender, events) = channel();
+        let stdout = process
+            .take_stdout()
+            .context("standard output is not piped")?;
+        let stderr = process
+            .take_stderr()
+            .context("standard error is not piped")?;
+        forward(Stream::Stdout, stdout, sender.clone());
+        forward(Stream::Stderr, stderr, sender);
+        Ok(Running {
+            name: program
+                .file_name()
+                .unwrap_or(program.as_os_str())
+                .to_owned(),
+            process,
+            stdin,
+            events,
+            open: 2,
+            status: None,
+            output: Vec::new(),
+            searched: [0, 0],
+        })
+    }
+}
+
+/// A running program and what it has printed. Dropping it kills the program.
+#[derive(Debug)]
+pub struct Running {
+    name: OsString,
+    process: Supervised,
+    stdin: Option<ChildStdin>,
+    events: Receiver<Event>,
+    /// How many of the two output pipes have not reached their end.
+    open: usize,
+    status: Option<ExitStatus>,
+    output: Vec<(Stream, String)>,
+    /// For each stream the index in `output` before which lines are used up by earlier waits.
+    searched: [usize; 2],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stream {
+    Stdout,
+    Stderr,
+}
+
+#[derive(Debug)]
+enum Event {
+    Line(Stream, String),
+    End,
+}
+
+/// What a wait ended with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    /// There may be new lines.
+    Output,
+    /// The program has ended, and all of its output is there.
+    Ended,
+    /// The time is up.
+    Nothing,
+}
+
+fn forward(stream: Stream, pipe: impl Read + Send + 'static, sender: Sender<Event>) {
+    thread::spawn(move || {
+        let mut pipe = BufReader::new(pipe);
+        let mut line = Vec::new();
+        while pipe
+            .read_until(b'\n', &mut line)
+            .is_ok_and(|length| length > 0)
+        {
+            let text = String::from_utf8_lossy(&line);
+            let text = text.strip_suffix('\n').unwrap_or(&text);
+            // Fails when nobody observes any more; go on so that the program does not block.
+            let _ = sender.send(Event::Line(
+                stream,
+                text.strip_suffix('\r').unwrap_or(text).to_owned(),
+            ));
+            line.clear();
+        }
+        let _ = sender.send(Event::End);
+    });
+}
+
+impl Running {
+    /// The process id of the program.
+    pub fn id(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Waits for a line, on either stream, that contains `text`, and returns it.
+    ///
+    /// It and the lines before it on the same stream are used up: a later wait looks behind them.
+    ///
+    /// # Errors
+    /// There is no such line before the program ends or the time is up. The error shows all output so far.
+    pub fn wait_for(&mut self, text: &str, limit: Duration) -> Result<String> {
+        self.wait_for_line(
+            |line| line.contains(text),
+            &format!("a line with {text:?}"),
+            limit,
+        )
+    }
+
+    /// Like [`Running::wait_for`], for a line that `accepts`; `what` names it in errors.
+    ///
+    /// # Errors
+    /// As for [`Running::wait_for`].
+    pub fn wait_for_line(
+        &mut self,
+        accepts: impl Fn(&str) -> bool,
+        what: &str,
+        limit: Duration,
+    ) -> Result<String> {
+        let deadline = Instant::now() + limit;
+        let mut from = self.searched;
+        loop {
+            for (at, (stream, line)) in self.output.iter().enumerate() {
+                let stream = *stream as usize;
+                if at >= from[stream] && accepts(line) {
+                    self.searched[stream] = at + 1;
+                    return Ok(line.clone());
+                }
+            }
+            from = [self.output.len(); 2];
+            match self.advance(deadline)? {
+                Progress::Output if Instant::now() < deadline => {}
+                Progress::Ended => bail!("{} ended without {what}{}", self.name(), self.report()),
+                _ => bail!(
+                    "no {what} after {limit:?}; {} is still running{}",
+                    self.name(),
+                    self.report()
+                ),
+            }
+        }
+    }
+
+    /// All lines so far, of both streams, in the order in which they came.
+    pub fn lines(&mut self) -> Vec<String> {
+        self.take_in();
+        self.output.iter().map(|(_, line)| line.clone()).collect()
+    }
+
+    /// Waits until the program has ended.
+    ///
+    /// # Errors
+    /// It is still running when the time is up. The error shows all output so far.
+    pub fn wait(&mut self, limit: Duration) -> Result<Finished> {
+        let deadline = Instant::now() + limit;
+        loop {
+            match self.advance(deadline)? {
+                Progress::Output if Instant::now() < deadline => {}
+                Progress::Ended => break,
+                _ => bail!(
+                    "{} has not ended after {limit:?}{}",
+                    self.name(),
+                    self.report()
+                ),
+            }
+        }
+        let status = self.status.context("an ended program has a status")?;
+        let text =
+            |lines: &mut dyn Iterator<Item = &str>| lines.map(|line| format!("{line}\n")).collect();
+        Ok(Finished {
+            name: self.name().to_string(),
+            status,
+            stdout: text(&mut self.stdout()),
+            stderr: text(&mut self.stderr()),
+        })
+    }
+
+    /// The exit status, if the program has ended. Some of its output may still be on the way; [`Running::wait`] waits
+    /// for that too.
+    ///
+    /// # Errors
+    /// The system refuses to say.
+    pub fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
+        self.status = self.process.try_wait()?;
+        Ok(self.status)
+    }
+
+    /// SIGKILL; returns when the program is gone.
+    ///
+    /// # Errors
+    /// It had ended before.
+    pub fn kill(&mut self) -> Result<()> {
+        self.signal(Signal::SIGKILL)?;
+        self.status = Some(self.process.wait()?);
+        Ok(())
+    }
+
+    /// SIGSTOP: freezes it.
+    ///
+    /// # Errors
+    /// It had ended before.
+    pub fn pause(&mut self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// SIGCONT: lets it go on.
+    ///
+    /// # Errors
+    /// It had ended before.
+    pub fn resume(&mut self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    /// SIGINT, as Ctrl-C sends it.
+    ///
+    /// # Errors
+    /// It had ended before.
+    pub fn interrupt(&mut self) -> Result<()> {
+        self.signal(Signal::SIGINT)
+    }
+
+    /// SIGTERM, as service managers send it.
+    ///
+    /// # Errors
+    /// It had ended before.
+    pub fn terminate(&mut self) -> Result<()> {
+        self.signal(Signal::SIGTERM)
+    }
+
+    /// Writes to its standard input, which [`Example::open_stdin`] has left open.
+    ///
+    /// # Errors
+    /// The input is closed, here or there.
+    pub fn write_stdin(&mut self, bytes: impl AsRef<[u8]>) -> Result<()> {
+        let stdin = self
+            .stdin
+            .as_mut()
+            .context("standard input is not open; Example::open_stdin keeps it open")?;
+        stdin
+            .write_all(bytes.as_ref())
+            .with_context(|| format!("{} reads no more", self.name.display()))
+    }
+
+    /// Ends its standard input.
+    pub fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    /// A test that breaks a program which has ended already would prove nothing, so that is an error.
+    fn signal(&mut self, signal: Signal) -> Result<()> {
+        if let Some(status) = self.try_wait()? {
+            // For the report.
+            self.wait(TICK * 50)?;
+            bail!(
+                "{} has ended ({status}) before it got {signal}{}",
+                self.name(),
+                self.report()
+            );
+        }
+        self.process.signal(signal)
+    }
+
+    fn name(&self) -> impl fmt::Display {
+        self.name.display()
+    }
+
+    fn stdout(&self) -> impl Iterator<Item = &str> {
+        self.of(Stream::Stdout)
+    }
+
+    fn stderr(&self) -> impl Iterator<Item = &str> {
+        self.of(Stream::Stderr)
+    }
+
+    fn of(&self, wanted: Stream) -> impl Iterator<Item = &str> {
+        self.output
+            .iter()
+            .filter(move |(stream, _)| *stream == wanted)
+            .map(|(_, line)| line.as_str())
+    }
+
+    /// Waits for new output, for the end, or for the deadline.
+    fn advance(&mut self, deadline: Instant) -> Result<Progress> {
+        loop {
+            if self.take_in() {
+                return Ok(Progress::Output);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.open == 0 {
+                self.status = self.process.wait_for(left)?;
+                return Ok(if self.status.is_some() {
+                    Progress::Ended
+                } else {
+                    Progress::Nothing
+                });
+            }
+            let ended = self.try_wait()?.is_some();
+            if ended {
+                // Descendants that outlive the program hold its pipes; without them the pipes end.
+                self.process.signal(Signal::SIGKILL)?;
+            }
+            match self
+                .events
+                .recv_timeout(if ended { TICK * 50 } else { left.min(TICK) })
+            {
+                Ok(event) => {
+                    self.take(event);
+                    return Ok(Progress::Output);
+                }
+                Err(RecvTimeoutError::Timeout) if !ended && left.is_zero() => {
+                    return Ok(Progress::Nothing);
+                }
+                Err(RecvTimeoutError::Timeout) if !ended => {}
+                // A descendant has left the process group, and keeps the pipes.
+                Err(_) => self.open = 0,
+            }
+        }
+    }
+
+    /// Takes in what has arrived, or a part of it if there is no end to it; whether anything has.
+    fn take_in(&mut self) -> bool {
+        let mut any = false;
+        for _ in 0..10_000 {
+            let Ok(event) = self.events.try_recv() else {
+                break;
+            };
+            self.take(event);
+            any = true;
+        }
+        any
+    }
+
+    fn take(&mut self, event: Event) {
+        match event {
+            Event::Line(stream, line) => self.output.push((stream, line)),
+            Event::End => self.open = self.open.saturating_sub(1),
+        }
+    }
+
+    fn report(&self) -> String {
+        if self.output.is_empty() {
+            return "; it has printed nothing".to_owned();
+        }
+        let mut text = "; its output so far:".to_owned();
+        for (stream, line) in &self.output {
+            text.push_str(if *stream == Stream::Stdout {
+                "\n  out| "
+            } else {
+                "\n  err| "
+            });
+            text.push_str(line);
+        }
+        text
+    }
+}
+
+/// A program that has ended.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    name: String,
+    /// How it ended.
+    pub status: ExitStatus,
+    /// All that it wrote to standard output.
+    pub stdout: String,
+    /// All that it wrote to standard error.
+    pub stderr: String,
+}
+
+impl Finished {
+    /// Requires exit status 0.
+    ///
+    /// # Errors
+    /// It was another one. The error shows the output.
+    pub fn ok(self) -> Result<Finished> {
+        ensure!(
+            self.status.success(),
+            "{} failed: {}\nstandard output:\n{}standard error:\n{}",
+            self.name,
+            self.status,
+            self.stdout,
+            self.stderr
+        );
+        Ok(self)
+    }
+
+    /// The exit status as a shell reports it: 128 and the signal's number if a signal ended it.
+    pub fn code(&self) -> i32 {
+        exit_code(self.status)
+    }
+}
+
+fn exit_code(status: ExitStatus) -> i32 {
+    status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or_default())
+}
+
+/// Starts each program where no broker listens, and requires that it ends with status 1 and one error, which names the
+/// address and the command that starts the service, within fifteen seconds and with nothing printed before.
+///
+/// # Errors
+/// A program cannot be started, or does not end in time.
+///
+/// # Panics
+/// A program ends in another way.
+pub fn broker_absent(service: Service, programs: &[&str]) -> Result<()> {
+    const LIMIT: Duration = Duration::from_secs(15);
+    // Claimed, so that nobody listens there while the programs try.
+    let claim = crate::ports::claim()?;
+    let address = service.address(&[format!("127.0.0.1:{}", claim.port)]);
+    let started = Instant::now();
+    let mut running = Vec::new();
+    // All at once: most of their time is waiting.
+    for program in programs {
+        let example = Example::new(program).env(service.variable(), &address);
+        running.push((program, example.spawn()?));
+    }
+    for (program, mut process) in running {
+        let ended = process.wait(LIMIT.saturating_sub(started.elapsed()))?;
+        let stderr = &ended.stderr;
+        assert_eq!(ended.code(), 1, "{program}: {stderr}");
+        assert!(stderr.contains(&address), "{program}: {stderr}");
+        let advice = format!("cargo lab up {service}");
+        assert!(stderr.contains(&advice), "{program}: {stderr}");
+        assert!(
+            stderr.starts_with("Error: "),
+            "{program} wrote before: {stderr}"
+        );
+        assert_eq!(ended.stdout, "", "{program}");
+    }
+    Ok(())
+}
+
+/// Runs the transcripts in the headers of a package's examples, each example with new, empty brokers of its own.
+///
+/// `binary` is the path of any binary of the package; the others are beside it:
+///
+/// ```ignore
+/// #[test]
+/// fn transcripts() {
+///     compose::harness::transcripts(env!("CARGO_PKG_NAME"), env!("CARGO_BIN_EXE_nats_publish"));
+/// }
+/// ```
+///
+/// `TRANSCRIPT=name` in the environment restricts it to the examples whose name contains that. `TRANSCRIPT_TIMEOUT` is
+/// how many seconds each part of a transcript may take (60).
+///
+/// # Panics
+/// A transcript is not true, or an example has none. The message lists every failure with file and line.
+pub fn transcripts(package: &str, binary: &str) {
+    transcripts_with(package, binary, private_brokers);
+}
+
+/// Like [`transcripts`], with the brokers that `supply` gives to each example, such as a cluster.
+///
+/// # Panics
+/// As [`transcripts`].
+pub fn transcripts_with(
+    package: &str,
+    binary: &str,
+    supply: impl Fn(&ExampleInfo) -> Result<Vec<Broker>>,
+) {
+    let all = || {
+        let workspace = Workspace::load()?;
+        let programs = Path::new(binary)
+            .parent()
+            .context("the path of a binary has a folder")?;
+        let examples: Vec<&ExampleInfo> = workspace
+            .examples()
+            .iter()
+            .filter(|one| one.package == package)
+            .collect();
+        let limit = match std::env::var("TRANSCRIPT_TIMEOUT") {
+            Ok(seconds) => seconds
+                .parse()
+                .context("TRANSCRIPT_TIMEOUT is a number of seconds")?,
+            Err(_) => 60,
+        };
+        let filter = std::env::var("TRANSCRIPT").unwrap_or_default();
+        let suite = Suite {
+            root: workspace.root(),
+            examples,
+            programs,
+            limit: Duration::from_secs(limit),
+        };
+        suite.run(&filter, supply)
+    };
+    if let Err(error) = all() {
+        panic!("{error:#}");
+    }
+}
+
+/// A new broker for each service that the example needs.
+///
+/// # Errors
+/// A service is not known, or does not start.
+pub fn private_brokers(example: &ExampleInfo) -> Result<Vec<Broker>> {
+    let broker = |name: &String| Broker::private(name.parse::<Service>()?);
+    example.services.iter().map(broker).collect()
+}
+
+/// What transcripts need of brokers; a test of the runner itself has none.
+trait Surroundings {
+    fn env(&self) -> Vec<(String, String)>;
+    fn fault(&self, fault: Fault, service: &str, node: u16) -> Result<()>;
+}
+
+impl Surroundings for Vec<Broker> {
+    fn env(&self) -> Vec<(String, String)> {
+        self.iter().flat_map(Broker::env).collect()
+    }
+
+    fn fault(&self, fault: Fault, service: &str, node: u16) -> Result<()> {
+        let service: Service = service.parse()?;
+        let broker = self.iter().find(|broker| broker.service() == service).with_context(|| {
+            format!("no {service} is under test; [package.metadata.lab] lists the services that an example needs")
+        })?;
+        match fault {
+            Fault::Kill => broker.kill(node),
+            Fault::Pause => broker.pause(node),
+            Fault::Resume => broker.resume(node),
+            Fault::Restart => broker.restart(node),
+        }
+    }
+}
+
+struct Suite<'a> {
+    root: &'a Path,
+    examples: Vec<&'a ExampleInfo>,
+    programs: &'a Path,
+    limit: Duration,
+}
+
+impl Suite<'_> {
+    /// Runs all transcripts of the examples whose names contain `filter`; the error lists all failures.
+    fn run<S: Surroundings>(
+        &self,
+        filter: &str,
+        supply: impl Fn(&ExampleInfo) -> Result<S>,
+    ) -> Result<()> {
+        let chosen: Vec<&ExampleInfo> = self
+            .examples
+            .iter()
+            .copied()
+            .filter(|example| example.name.contains(filter))
+            .collect();
+        // A filter is often meant for one package while the tests of all run.
+        ensure!(
+            !chosen.is_empty() || !filter.is_empty(),
+            "the package has no examples"
+        );
+        let mut failures = Vec::new();
+        for example in &chosen {
+            let started = Instant::now();
+            let result = self.run_example(example, &supply);
+            let verdict = if result.is_ok() { "true" } else { "FALSE" };
+            eprintln!(
+                "transcript of {} ... {verdict} ({:.1} s)",
+                example.name,
+                started.elapsed().as_secs_f64()
+            );
+            if let Err(failure) = result {
+                let file = example
+                    .source
+                    .strip_prefix(self.root)
+                    .unwrap_or(&example.source);
+                failures.push(format!("{}:{failure}", file.display()));
+            }
+        }
+        ensure!(
+            failures.is_empty(),
+            "{} of {} examples don't do what their headers say\n\n{}\n",
+            failures.len(),
+            chosen.len(),
+            failures.join("\n\n")
+        );
+        Ok(())
+    }
+
+    fn run_example<S: Surroundings>(
+        &self,
+        example: &ExampleInfo,
+        supply: impl Fn(&ExampleInfo) -> Result<S>,
+    ) -> Result<(), transcript::Failure> {
+        let fail = |reason| transcript::Failure {
+            line: example.header_line,
+            reason,
+        };
+        let transcripts = Transcript::parse(&example.header, example.header_line)?;
+        if !transcripts
+            .iter()
+            .any(|transcript| transcript.programs().any(|program| program == example.name))
+        {
+            let reason = format!(
+                "the header has no ```console block that runs {}",
+                example.name
+            );
+            return Err(fail(anyhow::Error::msg(reason)));
+        }
+        let surroundings = supply(example)
+            .context("no broker for the transcript")
+            .map_err(fail)?;
+        let env = surroundings.env();
+        let allowed: Vec<String> = self
+            .examples
+            .iter()
+            .map(|example| example.name.clone())
+            .collect();
+        let folder = tempfile::tempdir()
+            .context("cannot make a temporary folder")
+            .map_err(fail)?;
+        let stage = Stage {
+            programs: self.programs,
+            allowed: &allowed,
+            folder: folder.path(),
+            env: &env,
+            fault: &|fault, service, node| surroundings.fault(fault, service, node),
+            limit: self.limit,
+        };
+        // The blocks of one header follow one another on the same broker, as they would for a reader.
+        transcripts
+            .iter()
+            .try_for_each(|transcript| transcript.run(&stage))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    /// Notes what was asked of it.
+    struct Notes<'a>(&'a RefCell<Vec<String>>);
+
+    impl Surroundings for Notes<'_> {
+        fn env(&self) -> Vec<(String, String)> {
+            vec![("BROKER".to_owned(), "here".to_owned())]
+        }
+
+        fn fault(&self, fault: Fault, service: &str, node: u16) -> Result<()> {
+            self.0
+                .borrow_mut()
+                .push(format!("{fault:?} {service} {node}"));
+            Ok(())
+        }
+    }
+
+    /// An example whose program is one of the system's.
+    fn example(name: &str, header: &str) -> ExampleInfo {
+        ExampleInfo {
+            name: name.to_owned(),
+            package: "shell-examples".to_owned(),
+            title: "Title".to_owned(),
+            source: PathBuf::from(format!("/workspace/src/bin/{name}.rs")),
+            services: Vec::new(),
+            header: header.to_owned(),
+            header_line: 3,
+        }
+    }
+
+    fn run(examples: &[ExampleInfo], filter: &str, notes: &RefCell<Vec<String>>) -> Result<()> {
+        let suite = Suite {
+            root: Path::new("/workspace"),
+            examples: examples.iter().collect(),
+            programs: Path::new("/bin"),
+            limit: Duration::from_secs(20),
+        };
+        suite.run(filter, |_| Ok(Notes(notes)))
+    }
+
+    #[test]
+    fn all_failures_are_reported_together_with_file_and_line() {
+        let notes = RefCell::default();
+        let examples = [
+            example(
+                "sh",
+                "A.\n```console\n$ cargo run --bin sh -- -c 'echo $BROKER'\nhere\n2$ cargo lab kill nats.2\n```\n",
+            ),
+            example(
+                "cat",
+                "B.\n```console\n$ cargo run --bin cat -- /no/such/file\n```\n",
+            ),
+            example("ls", "C.\n\nNo transcript.\n"),
+            example("true", "D.\n```console\n$ cargo run --bin sh\n```\n"),
+            example(
+                "echo",
+                "E.\n```console\n$ cargo run --bin echo -- hi\nho\n```\n",
+            ),
+            example("pwd", "F.\n```console\n$ cat\n```\n"),
+        ];
+        let error = run(&examples, "", &notes).unwrap_err().to_string();
+        for part in [
+            "5 of 6 examples don't do what their headers say\n",
+            "\nsrc/bin/cat.rs:5: cat ended with exit status 1 instead of 0\nstandard error:\n  ",
+            "\nsrc/bin/ls.rs:3: the header has no ```console block that runs ls\n",
+            "\nsrc/bin/true.rs:3: the header has no ```console block that runs true\n",
+            "\nsrc/bin/echo.rs:5: echo printed something else: \"hi\" does not fit\n",
+            "\nsrc/bin/pwd.rs:5: `cat`: a transcript can only run",
+        ] {
+            assert!(error.contains(part), "{part:?} is missing in:\n{error}");
+        }
+        assert!(!error.contains("sh.rs"), "{error}");
+        assert_eq!(notes.into_inner(), ["Kill nats 2"]);
+    }
+
+    #[test]
+    fn the_filter_chooses() {
+        let notes = RefCell::default();
+        let examples = [
+            example("true", "A.\n```console\n$ cargo run --bin true\n```\n"),
+            example("false", "B.\n```console\n$ cargo run --bin false\n```\n"),
+        ];
+        run(&examples, "tru", &notes).unwrap();
+        assert!(
+            run(&examples, "", &notes)
+                .unwrap_err()
+                .to_string()
+                .contains("src/bin/false.rs:5: false ended")
+        );
+        // The one line of another package's test: nothing of its own is meant.
+        run(&examples, "kafka", &notes).unwrap();
+        assert_eq!(
+            run(&[], "", &notes).unwrap_err().to_string(),
+            "the package has no examples"
+        );
+    }
+
+    #[test]
+    fn the_blocks_of_a_header_follow_one_another() {
+        let notes = RefCell::default();
+        let blocks = "A.\n```console\n$ cargo run --bin sh -- -c 'echo >flag'\n```\n\
+                      Then:\n```console\n$ cargo run --bin sh -- -c 'test -e flag && echo there'\nthere\n```\n";
+        run(&[example("sh", blocks)], "", &notes).unwrap();
+    }
+}

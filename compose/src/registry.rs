@@ -1,0 +1,361 @@
+//! Which brokers run under `cargo lab`, who owns each, and how to ask the owner for something.
+//!
+//! The owner holds a lock on a file for as long as it lives, so a crash cannot leave a claim behind; what it writes beside
+//! the lock is believed only while the lock is held. Orders go to the owner over a Unix socket: only it can start its
+//! broker again.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::home::Home;
+use crate::{Broker, Service};
+
+/// What the owner of a broker says of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The owner's process id.
+    pub owner: u32,
+    /// Whether the owner runs in the background.
+    pub detached: bool,
+    /// `native`, `docker` or `mock`.
+    pub backend: String,
+    /// The environment that an example needs to find the broker.
+    pub env: Vec<(String, String)>,
+    /// The web consoles.
+    pub web: Vec<String>,
+    /// Its nodes.
+    pub nodes: Vec<EntryNode>,
+    /// Where it stores.
+    pub folder: PathBuf,
+    /// Where the owner takes orders.
+    pub socket: PathBuf,
+}
+
+/// One node of an [`Entry`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EntryNode {
+    /// From 1.
+    pub number: u16,
+    /// Its process, while there is one.
+    pub pid: Option<u32>,
+    /// `running`, `paused` or `ended`.
+    pub state: String,
+    /// The file with its output.
+    pub log: PathBuf,
+}
+
+/// An order to the owner of a broker.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verb {
+    /// SIGKILL a node.
+    Kill,
+    /// SIGSTOP a node.
+    Pause,
+    /// SIGCONT a node.
+    Resume,
+    /// Start a node again on its storage.
+    Restart,
+    /// Stop the service.
+    Down,
+}
+
+/// What is sent over the socket.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Order {
+    /// What to do.
+    pub verb: Verb,
+    /// With which service, by name.
+    pub service: String,
+    /// With which node.
+    pub node: u16,
+}
+
+/// The right to run a service under this `LAB_HOME`, held until dropped.
+#[derive(Debug)]
+pub struct Lease {
+    entry: PathBuf,
+    users: PathBuf,
+    _lock: File,
+}
+
+impl Lease {
+    /// `None` if another process holds it.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn acquire(home: &Home, service: Service) -> Result<Option<Lease>> {
+        let folder = run_folder(home)?;
+        let lock = open_lock(&folder.join(format!("{service}.lock")))?;
+        // Others take the lock for a moment to see whether it is held.
+        let deadline = Instant::now() + Duration::from_millis(300);
+        while matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) && Instant::now() < deadline
+        {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        match lock.try_lock() {
+            Ok(()) => {
+                let entry = folder.join(format!("{service}.json"));
+                // Left by an owner that was killed.
+                let _ = fs::remove_file(&entry);
+                Ok(Some(Lease {
+                    entry,
+                    users: folder.join(format!("{service}.users")),
+                    _lock: lock,
+                }))
+            }
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => {
+                Err(error).context("cannot lock the registry of brokers")
+            }
+        }
+    }
+
+    /// Says to all what runs. Readers see the old text or the new one, never half of it.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn publish(&self, entry: &Entry) -> Result<()> {
+        let new = self.entry.with_extension("new");
+        fs::write(&new, serde_json::to_vec_pretty(entry)?)
+            .and_then(|()| fs::rename(&new, &self.entry))
+            .with_context(|| format!("cannot write {}", self.entry.display()))
+    }
+
+    /// Whether another process has said, with [`Use`], that it depends on this broker.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn in_use(&self) -> Result<bool> {
+        match open_lock(&self.users)?.try_lock() {
+            Ok(()) => Ok(false),
+            Err(TryLockError::WouldBlock) => Ok(true),
+            Err(TryLockError::Error(error)) => {
+                Err(error).context("cannot lock the registry of brokers")
+            }
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.entry);
+    }
+}
+
+/// Says that this process depends on a broker that another one owns. While it is held, a `lab run` that owns the broker
+/// does not stop it.
+#[derive(Debug)]
+pub struct Use {
+    _lock: File,
+}
+
+impl Use {
+    /// Holds the broker.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn of(home: &Home, service: Service) -> Result<Use> {
+        let lock = open_lock(&run_folder(home)?.join(format!("{service}.users")))?;
+        lock.lock_shared()
+            .context("cannot lock the registry of brokers")?;
+        Ok(Use { _lock: lock })
+    }
+}
+
+/// What the service's owner says, if it has one that lives. Right after its start the owner may not have said anything
+/// yet: that counts as none.
+///
+/// # Errors
+/// The folder cannot be written, or the entry cannot be read.
+pub fn find(home: &Home, service: Service) -> Result<Option<Entry>> {
+    let folder = run_folder(home)?;
+    let lock = open_lock(&folder.join(format!("{service}.lock")))?;
+    if lock.try_lock_shared().is_ok() {
+        return Ok(None);
+    }
+    match fs::read(folder.join(format!("{service}.json"))) {
+        Ok(text) => Ok(Some(
+            serde_json::from_slice(&text).context("the registry of brokers is damaged")?,
+        )),
+        Err(_) => Ok(None),
+    }
+}
+
+/// Whether some process owns the service, be it ready or still starting.
+///
+/// # Errors
+/// The folder cannot be written.
+pub fn is_owned(home: &Home, service: Service) -> Result<bool> {
+    let lock = open_lock(&run_folder(home)?.join(format!("{service}.lock")))?;
+    Ok(lock.try_lock_shared().is_err())
+}
+
+/// Waits until a service that another process is starting has been published, and returns `None` if its owner gave up.
+///
+/// # Errors
+/// The time is up, or the registry cannot be read.
+pub fn await_entry(home: &Home, service: Service, limit: Duration) -> Result<Option<Entry>> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(entry) = find(home, service)? {
+            return Ok(Some(entry));
+        }
+        if !is_owned(home, service)? {
+            return Ok(None);
+        }
+        if Instant::now() > deadline {
+            bail!(
+                "another lab has been starting {service} for {} seconds",
+                limit.as_secs()
+            );
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Sends the order to the owner and waits until it is carried out.
+///
+/// # Errors
+/// The owner does not answer, or could not do it.
+pub fn send(entry: &Entry, order: &Order) -> Result<()> {
+    let owner = entry.owner;
+    let mut stream = UnixStream::connect(&entry.socket).with_context(|| {
+        format!(
+            "process {owner}, which runs {}, does not answer",
+            order.service
+        )
+    })?;
+    writeln!(stream, "{}", serde_json::to_string(order)?)?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer)?;
+    match answer.trim_end() {
+        "ok" => Ok(()),
+        "" => bail!(
+            "process {owner}, which runs {}, ended without an answer",
+            order.service
+        ),
+        error => Err(anyhow!(
+            "{}",
+            serde_json::from_str::<String>(error).unwrap_or_else(|_| error.to_owned())
+        )),
+    }
+}
+
+/// Where an owner takes orders. The file goes with it.
+#[derive(Debug)]
+pub struct Desk {
+    /// To be told to others, in [`Entry::socket`].
+    pub path: PathBuf,
+    listener: UnixListener,
+}
+
+impl Desk {
+    /// Opens the desk of this process.
+    ///
+    /// # Errors
+    /// The socket cannot be made.
+    pub fn open(home: &Home) -> Result<Desk> {
+        let folder = run_folder(home)?;
+        // Owners that were killed left theirs.
+        for path in fs::read_dir(&folder)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path())
+        {
+            if path.extension().is_some_and(|end| end == "sock")
+                && UnixStream::connect(&path).is_err()
+            {
+                let _ = fs::remove_file(&path);
+            }
+        }
+        let name = format!("lab-{}.sock", std::process::id());
+        let mut path = folder.join(&name);
+        // The system's limit for the path of a socket is about a hundred bytes.
+        if path.as_os_str().len() > 100 {
+            path = std::env::temp_dir().join(&name);
+        }
+        let _ = fs::remove_file(&path);
+        let listener = UnixListener::bind(&path)
+            .with_context(|| format!("cannot make the socket {}", path.display()))?;
+        Ok(Desk { path, listener })
+    }
+
+    /// Answers orders, one after the other, for as long as the process lives. `busy` is locked from the moment an order
+    /// comes until it has been answered.
+    pub fn serve(self, busy: &Mutex<()>, mut handle: impl FnMut(Order) -> Result<()>) {
+        for stream in self.listener.incoming().flatten() {
+            let _busy = busy.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = answer(stream, &mut handle);
+        }
+    }
+}
+
+fn answer(mut stream: UnixStream, handle: &mut impl FnMut(Order) -> Result<()>) -> Result<()> {
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut line = String::new();
+    BufReader::new(stream.try_clone()?).read_line(&mut line)?;
+    let result = serde_json::from_str(&line)
+        .context("not an order")
+        .and_then(handle);
+    match result {
+        Ok(()) => writeln!(stream, "ok")?,
+        Err(error) => writeln!(stream, "{}", serde_json::to_string(&format!("{error:#}"))?)?,
+    }
+    Ok(())
+}
+
+/// What there is to say of a broker that this process owns. `paused` are the nodes that were told to pause.
+///
+/// # Errors
+/// The system does not say how a node is.
+pub fn describe(broker: &Broker, socket: &Path, detached: bool, paused: &[u16]) -> Result<Entry> {
+    let mut nodes = Vec::new();
+    for number in broker.numbers() {
+        let state = match broker.state(number)? {
+            crate::broker::NodeState::Ended => "ended",
+            crate::broker::NodeState::Running if paused.contains(&number) => "paused",
+            crate::broker::NodeState::Running => "running",
+        };
+        nodes.push(EntryNode {
+            number,
+            pid: broker.pid(number)?,
+            state: state.to_owned(),
+            log: broker.log(number)?.to_owned(),
+        });
+    }
+    Ok(Entry {
+        owner: std::process::id(),
+        detached,
+        backend: broker.backend().to_string(),
+        env: broker.env(),
+        web: broker.web(),
+        nodes,
+        folder: broker.folder().to_owned(),
+        socket: socket.to_owned(),
+    })
+}
+
+fn run_folder(home: &Home) -> Result<PathBuf> {
+    let folder = home.run();
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    Ok(folder)
+}
+
+fn open_lock(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(path)
+        .with_context(|| format!("cannot write {}", path.display()))
+}

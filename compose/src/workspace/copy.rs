@@ -1,0 +1,352 @@
+//! `cargo lab new`: an example as a project of its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use cargo_metadata::{Dependency, DependencyKind, Package};
+
+use super::{ExampleInfo, Workspace, scan};
+
+/// The crate whose build script needs protoc, and the one that brings it.
+const NEEDS_PROTOC: &str = "pulsar";
+const BRINGS_PROTOC: &str = "protoc-bin-vendored";
+
+const PROTOC_CONFIG: &str = r#"[env]
+# The build script of `pulsar` needs protoc. This finds the system's, or the one in cargo's folder that the dependency
+# `protoc-bin-vendored` brought. A PROTOC of your own wins. On Windows, install protoc and set PROTOC to it.
+PROTOC = { value = ".cargo/protoc", relative = true }
+"#;
+
+impl Workspace {
+    /// Writes a stand-alone Cargo project into `path`: the example as `src/main.rs`, word for word, and the crates
+    /// that it uses with the versions and features they have here.
+    ///
+    /// # Errors
+    /// No example has this name, `path` is a file or a folder that is not empty, the example uses code of this
+    /// workspace, or a file cannot be read or written.
+    pub fn new_project(&self, name: &str, path: &Path) -> Result<()> {
+        let example = self.find(name)?;
+        check_vacant(path)?;
+        let package = self.cargo_package(&example.package)?;
+        let sources = sources(example)?;
+        let dependencies = dependencies(package, &sources)?;
+        let needs_protoc = dependencies
+            .iter()
+            .any(|dependency| dependency.name == NEEDS_PROTOC);
+
+        write(
+            &path.join("Cargo.toml"),
+            &manifest(package, name, &dependencies)?,
+        )?;
+        // Cargo drops what the project does not use, and keeps the versions that were tested.
+        let lock = self.root.join("Cargo.lock");
+        if lock.is_file() {
+            write(&path.join("Cargo.lock"), &read(&lock)?)?;
+        }
+        write(&path.join(".gitignore"), "/target\n")?;
+        for (file, text) in &sources {
+            write(&path.join("src").join(file), text)?;
+        }
+        if needs_protoc {
+            let script = self.root.join("compose").join("protoc");
+            let copy = path.join(".cargo").join("protoc");
+            write(&path.join(".cargo").join("config.toml"), PROTOC_CONFIG)?;
+            // Unlike reading and writing, this keeps it executable.
+            fs::copy(&script, &copy).with_context(|| {
+                format!("cannot copy {} to {}", script.display(), copy.display())
+            })?;
+        }
+        Ok(())
+    }
+}
+
+fn check_vacant(path: &Path) -> Result<()> {
+    if !path.exists() {
+        return Ok(());
+    }
+    ensure!(
+        path.is_dir(),
+        "{} is a file; name a new or an empty folder",
+        path.display()
+    );
+    let mut entries =
+        fs::read_dir(path).with_context(|| format!("cannot read the folder {}", path.display()))?;
+    ensure!(
+        entries.next().is_none(),
+        "{} is not empty; name a new or an empty folder",
+        path.display()
+    );
+    Ok(())
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    let write = || {
+        path.parent().map_or(Ok(()), fs::create_dir_all)?;
+        fs::write(path, text)
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// The example's files by their places in `src`. An example in a folder of its own consists of all that is in it.
+fn sources(example: &ExampleInfo) -> Result<BTreeMap<PathBuf, String>> {
+    let mut files = BTreeMap::new();
+    let folder = example
+        .source
+        .parent()
+        .filter(|_| example.source.file_name() == Some(OsStr::new("main.rs")));
+    // `src/main.rs` shares its folder with everything else of the package.
+    match folder.filter(|folder| folder.file_name() != Some(OsStr::new("src"))) {
+        Some(folder) => collect(folder, Path::new(""), &mut files)?,
+        None => {
+            files.insert(PathBuf::from("main.rs"), read(&example.source)?);
+        }
+    }
+    Ok(files)
+}
+
+fn collect(folder: &Path, place: &Path, files: &mut BTreeMap<PathBuf, String>) -> Result<()> {
+    let entries = fs::read_dir(folder)
+        .with_context(|| format!("cannot read the folder {}", folder.display()))?;
+    for entry in entries {
+        let entry = entry?;
+        let place = place.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            collect(&entry.path(), &place, files)?;
+        } else {
+            files.insert(place, read(&entry.path())?);
+        }
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn dependencies<'a>(
+    package: &'a Package,
+    sources: &BTreeMap<PathBuf, String>,
+) -> Result<Vec<&'a Dependency>> {
+    let known: Vec<(String, &Dependency)> = package
+        .dependencies
+        .iter()
+        .filter(|dependency| dependency.kind == DependencyKind::Normal)
+        .map(|dependency| {
+            (
+                dependency
+                    .rename
+                    .as_ref()
+                    .unwrap_or(&dependency.name)
+                    .replace('-', "_"),
+                dependency,
+            )
+        })
+        .collect();
+    let own_library = package
+        .targets
+        .iter()
+        .find(|target| target.is_lib())
+        .map(|target| target.name.replace('-', "_"));
+    let names: Vec<&str> = known
+        .iter()
+        .map(|(name, _)| name.as_str())
+        .chain(own_library.as_deref())
+        .collect();
+
+    let mut used = BTreeSet::new();
+    for (file, text) in sources
+        .iter()
+        .filter(|(file, _)| file.extension() == Some(OsStr::new("rs")))
+    {
+        scan::crates_used(text, &names, &mut used)
+            .with_context(|| format!("cannot scan {}", file.display()))?;
+    }
+    if let Some(library) = own_library.as_deref()
+        && used.contains(library)
+    {
+        bail!(
+            "the example uses {library}, the library of its package, so it cannot be copied alone"
+        );
+    }
+    let mut dependencies = Vec::new();
+    for (name, dependency) in &known {
+        let brings_protoc = dependency.name == BRINGS_PROTOC && used.contains(NEEDS_PROTOC);
+        if !brings_protoc && !used.contains(name.as_str()) {
+            continue;
+        }
+        ensure!(
+            dependency.path.is_none(),
+            "the example uses {name}, which is a part of this workspace, so it cannot be copied alone"
+        );
+        dependencies.push(*dependency);
+    }
+    Ok(dependencies)
+}
+
+fn manifest(package: &Package, name: &str, dependencies: &[&Dependency]) -> Result<String> {
+    let mut text = String::new();
+    write!(
+        text,
+        "[package]\nname = {name:?}\nversion = \"0.1.0\"\nedition = \"{}\"\n",
+        package.edition
+    )?;
+    if let Some(version) = &package.rust_version {
+        // Cargo reports 1.89 as 1.89.0; the two mean the same.
+        writeln!(text, "rust-version = \"{version}\"")?;
+    }
+    let mut tables: BTreeMap<Option<String>, Vec<&Dependency>> =
+        BTreeMap::from([(None, Vec::new())]);
+    for dependency in dependencies {
+        tables
+            .entry(dependency.target.as_ref().map(ToString::to_string))
+            .or_default()
+            .push(dependency);
+    }
+    for (target, dependencies) in tables {
+        match target {
+            None => writeln!(text, "\n[dependencies]")?,
+            Some(target) => writeln!(text, "\n[target.'{target}'.dependencies]")?,
+        }
+        for dependency in dependencies {
+            if dependency.name == BRINGS_PROTOC {
+                writeln!(
+                    text,
+                    "# Not used by the code: it brings the protoc that the build script of `{NEEDS_PROTOC}` runs."
+                )?;
+                writeln!(text, "# See .cargo/config.toml.")?;
+            }
+            writeln!(text, "{}", requirement(dependency))?;
+        }
+    }
+    write!(
+        text,
+        "\n# A workspace of its own: the project also builds inside the folder of another.\n[workspace]\n"
+    )?;
+    Ok(text)
+}
+
+/// One line of `[dependencies]`, in the shortest form.
+fn requirement(dependency: &Dependency) -> String {
+    let version = dependency.req.to_string();
+    // "^1.0" and "1.0" mean the same, and the latter is what people write.
+    let version = if version.contains(',') {
+        &version
+    } else {
+        version.trim_start_matches('^')
+    };
+    let name = dependency.rename.as_ref().unwrap_or(&dependency.name);
+    let mut settings = Vec::new();
+    if dependency.rename.is_some() {
+        settings.push(format!("package = {:?}", dependency.name));
+    }
+    if !dependency.uses_default_features {
+        settings.push("default-features = false".to_owned());
+    }
+    if !dependency.features.is_empty() {
+        settings.push(format!("features = {:?}", dependency.features));
+    }
+    if settings.is_empty() {
+        format!("{name} = {version:?}")
+    } else {
+        format!(
+            "{name} = {{ version = {version:?}, {} }}",
+            settings.join(", ")
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Fixture;
+    use super::*;
+
+    /// What the folder holds, by path.
+    fn files(folder: &Path) -> Vec<String> {
+        let mut files = BTreeMap::new();
+        collect(folder, Path::new(""), &mut files).unwrap();
+        files
+            .keys()
+            .map(|path| path.display().to_string())
+            .collect()
+    }
+
+    #[test]
+    fn exactly_what_is_used() {
+        let fixture = Fixture::new();
+        let copy = fixture.folder.path().join("new").join("copy");
+        fixture.workspace.new_project("nats_a", &copy).unwrap();
+        assert_eq!(files(&copy), [".gitignore", "Cargo.toml", "src/main.rs"]);
+        assert_eq!(
+            fs::read_to_string(copy.join("src/main.rs")).unwrap(),
+            fixture.read("nats-examples/src/bin/nats_a.rs")
+        );
+        let manifest = fs::read_to_string(copy.join("Cargo.toml")).unwrap();
+        assert_eq!(
+            manifest,
+            r#"[package]
+name = "nats_a"
+version = "0.1.0"
+edition = "2024"
+rust-version = "1.89.0"
+
+[dependencies]
+anyhow = "1.0"
+json = { version = ">=1.0, <2", package = "serde_json", features = ["raw_value"] }
+serde = { version = "1.0", features = ["derive", "rc"] }
+
+[target.'cfg(unix)'.dependencies]
+libc = "0.2"
+
+# A workspace of its own: the project also builds inside the folder of another.
+[workspace]
+"#
+        );
+    }
+
+    #[test]
+    fn an_example_with_modules_that_needs_protoc() {
+        let fixture = Fixture::new();
+        let copy = fixture.folder.path().join("copy");
+        fixture.workspace.new_project("pipeline", &copy).unwrap();
+        let expected = [
+            ".cargo/config.toml",
+            ".cargo/protoc",
+            ".gitignore",
+            "Cargo.toml",
+            "src/main.rs",
+            "src/stages/mod.rs",
+        ];
+        assert_eq!(files(&copy), expected);
+        let manifest = fs::read_to_string(copy.join("Cargo.toml")).unwrap();
+        let dependencies = r#"
+[dependencies]
+anyhow = "1.0"
+# Not used by the code: it brings the protoc that the build script of `pulsar` runs.
+# See .cargo/config.toml.
+protoc-bin-vendored = "3"
+pulsar = { version = "6.9", default-features = false, features = ["tokio-rustls-runtime-ring"] }
+
+"#;
+        assert!(manifest.contains(dependencies), "{manifest}");
+    }
+
+    #[test]
+    fn what_belongs_to_the_workspace_cannot_be_copied() {
+        let fixture = Fixture::new();
+        let copy = fixture.folder.path().join("copy");
+        let error = fixture
+            .workspace
+            .new_project("nats_b", &copy)
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            error,
+            "the example uses tool, which is a part of this workspace, so it cannot be copied alone"
+        );
+        assert!(!copy.exists(), "something was written");
+    }
+}

@@ -1,0 +1,140 @@
+//! Private brokers: each starts, can be broken and comes back; several live side by side; none stays behind.
+
+// Clippy's leave for tests does not reach the functions that tests call.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::time::{Duration, Instant};
+
+use compose::broker::NodeState;
+use compose::probe::{self, Found};
+use compose::{Broker, Service};
+
+const PATIENCE: Duration = Duration::from_secs(5);
+
+fn host(broker: &Broker) -> String {
+    let address = broker.address();
+    let host = address
+        .rsplit(['@', '/'])
+        .find(|part| part.contains(':'))
+        .unwrap_or(&address);
+    host.to_owned()
+}
+
+fn ask(broker: &Broker) -> Found {
+    probe::probe(broker.service(), &host(broker), PATIENCE)
+}
+
+/// Waits for what must come soon, and says what it waited for if it does not.
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn breaks_and_comes_back(service: Service) {
+    let broker = Broker::private(service).unwrap();
+    assert_eq!(ask(&broker), Found::Ready);
+    let folder = broker.folder().to_owned();
+    let before = broker.pid(1).unwrap().unwrap();
+
+    broker.pause(1).unwrap();
+    // The kernel still accepts the connection of a stopped process, but nobody speaks.
+    eventually("it is frozen", || {
+        probe::probe(service, &host(&broker), Duration::from_millis(300)) == Found::Other
+    });
+    broker.resume(1).unwrap();
+    eventually("it answers again after the pause", || {
+        ask(&broker) == Found::Ready
+    });
+
+    broker.kill(1).unwrap();
+    assert_eq!(broker.state(1).unwrap(), NodeState::Ended);
+    assert_eq!(ask(&broker), Found::Nothing);
+    broker.restart(1).unwrap();
+    assert_eq!(ask(&broker), Found::Ready);
+    assert_ne!(broker.pid(1).unwrap().unwrap(), before);
+
+    let address = host(&broker);
+    drop(broker);
+    assert_eq!(probe::probe(service, &address, PATIENCE), Found::Nothing);
+    assert!(!folder.exists(), "{} is left", folder.display());
+}
+
+#[test]
+fn kafka_breaks_and_comes_back() {
+    breaks_and_comes_back(Service::Kafka);
+}
+
+#[test]
+fn rabbitmq_breaks_and_comes_back() {
+    breaks_and_comes_back(Service::RabbitMq);
+}
+
+#[test]
+fn nats_breaks_and_comes_back() {
+    breaks_and_comes_back(Service::Nats);
+}
+
+#[test]
+fn pulsar_breaks_and_comes_back() {
+    breaks_and_comes_back(Service::Pulsar);
+}
+
+#[test]
+fn opensearch_breaks_and_comes_back() {
+    breaks_and_comes_back(Service::OpenSearch);
+}
+
+#[test]
+fn private_brokers_do_not_meet() {
+    let one = Broker::private(Service::Nats).unwrap();
+    let two = Broker::private(Service::Nats).unwrap();
+    assert_ne!(one.address(), two.address());
+    one.kill(1).unwrap();
+    assert_eq!(ask(&two), Found::Ready);
+}
+
+#[test]
+fn rabbitmq_nodes_form_a_cluster() {
+    let cluster = Broker::private_cluster(Service::RabbitMq, 3).unwrap();
+    let page = format!("{}/api/nodes", cluster.web()[0]);
+    eventually("all three nodes run as one cluster", || {
+        let body = probe::http_get(&page, PATIENCE)
+            .map(|(_, body)| body)
+            .unwrap_or_default();
+        body.matches("\"running\":true").count() == 3
+    });
+}
+
+#[test]
+fn nats_nodes_form_a_cluster() {
+    let cluster = Broker::private_cluster(Service::Nats, 3).unwrap();
+    cluster.kill(2).unwrap();
+    // Two of three are a majority, so JetStream goes on; the health page says so.
+    let page = format!("{}/healthz", cluster.web()[0]);
+    eventually("JetStream works with two of three nodes", || {
+        probe::http_get(&page, PATIENCE).is_some_and(|(status, _)| status == 200)
+    });
+    cluster.restart(2).unwrap();
+}
+
+#[test]
+fn a_service_of_one_node_says_so() {
+    let error = Broker::private_cluster(Service::Pulsar, 3).unwrap_err();
+    assert!(
+        format!("{error:#}").contains("pulsar runs on one node"),
+        "{error:#}"
+    );
+}
+
+#[test]
+fn a_node_that_is_not_there_is_named() {
+    let broker = Broker::private(Service::Nats).unwrap();
+    let error = broker.kill(7).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "nats has no node 7; its nodes are numbered from 1 to 1"
+    );
+}
