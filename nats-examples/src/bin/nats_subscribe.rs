@@ -1,0 +1,87 @@
+//! Subscribe on NATS with wildcards, and drain before the program ends
+//!
+//! Prints every message whose subject matches a pattern. At most once: what is published while this program is not
+//! connected, or reads too slowly, is lost. One publisher's messages on one subject arrive in order.
+//!
+//! ```console
+//! 1$ cargo lab run nats_subscribe
+//! listening on events.>; Ctrl-C to stop
+//! 2$ cargo lab run nats_publish
+//! ...
+//! flushed: both messages are written to the connection
+//! 1:
+//! events.user.created: User ID: 123
+//! events.user.updated: User ID: 123
+//! 1^C
+//! drained; messages handled: 2
+//! ```
+//!
+//! Notice: `*` stands for exactly one token and `>`, only at the end, for one or more. So `events.user.*` takes
+//! `events.user.created`, but neither `events.user` nor `events.user.email.changed`; `events.>` takes all three.
+//!
+//! Try: stop this program, publish, start it again: nothing arrives. Run it twice: both get every message. Other
+//! patterns: `cargo lab run nats_subscribe 'events.*.created'`, in quotes, or the shell expands the star.
+//!
+//! Settings: NATS_URL (nats://localhost:4222). See also: nats_publish.
+
+use std::pin::pin;
+
+use anyhow::Context;
+use async_nats::{ConnectOptions, Event};
+use futures::StreamExt;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let url = std::env::var("NATS_URL").unwrap_or_else(|_| "nats://localhost:4222".into());
+    let pattern = std::env::args().nth(1).unwrap_or_else(|| "events.>".into());
+
+    let client = ConnectOptions::new()
+        .event_callback(report_loss)
+        .connect(&url)
+        .await
+        .with_context(|| {
+            format!("cannot connect to NATS at {url}; `cargo lab up nats` starts a server")
+        })?;
+    let mut messages = client.subscribe(pattern.clone()).await?;
+    // Like a publish, a subscription is only buffered until it is flushed.
+    client.flush().await?;
+    println!("listening on {pattern}; Ctrl-C to stop");
+
+    let mut handled = 0;
+    let mut stop = pin!(tokio::signal::ctrl_c());
+    loop {
+        tokio::select! {
+            signal = &mut stop => break signal?,
+            message = messages.next() => {
+                handle(&message.context("the client closed the subscription")?);
+                handled += 1;
+            }
+        }
+    }
+
+    // Drain stops new messages and hands out those that are already here. It returns at once: the end of the stream
+    // is what says that it is done, so leaving now would drop what is still buffered.
+    client.drain().await?;
+    while let Some(message) = messages.next().await {
+        handle(&message);
+        handled += 1;
+    }
+    println!("drained; messages handled: {handled}");
+    Ok(())
+}
+
+fn handle(message: &async_nats::Message) {
+    // A payload is any bytes: text that is not UTF-8 is shown with replacement characters.
+    let body = String::from_utf8_lossy(&message.payload);
+    println!("{}: {body}", message.subject);
+}
+
+/// Losing messages raises no error anywhere. These two events are the only sign of it.
+async fn report_loss(event: Event) {
+    match event {
+        Event::SlowConsumer(_) => eprintln!("too slow: the buffer is full, messages were dropped"),
+        Event::Disconnected => eprintln!("disconnected: what is published now is missed"),
+        Event::Connected => eprintln!("connected"),
+        _ => {}
+    }
+}

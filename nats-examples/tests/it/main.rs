@@ -1,0 +1,9 @@
+//! What the headers of the NATS examples show and claim, tried on a real broker.
+
+mod broker_absent;
+mod publish_subscribe;
+
+#[test]
+fn transcripts() {
+    compose::harness::transcripts(env!("CARGO_PKG_NAME"), env!("CARGO_BIN_EXE_nats_publish"));
+}
