@@ -1,0 +1,136 @@
+//! Consume from a Pulsar subscription, and acknowledge each message after its work
+//!
+//! A named subscription is a position that the broker keeps, with or without a consumer. At least once, in order: what
+//! is not acknowledged when a consumer goes away is delivered again to the next one. The type `Failover` gives the
+//! messages to one consumer at a time and keeps the others as stand-ins.
+//!
+//! ```console
+//! 1$ cargo lab run pulsar_consumer
+//! subscribed as order-processor; Ctrl-C to stop
+//! 2$ cargo lab run pulsar_producer
+//! order-123: stored as [..]
+//! ...
+//! 1:
+//! [..]:0 order-123 of user-1, 4999 cents: acknowledged
+//! [..]:1 order-124 of user-1, 4999 cents: acknowledged
+//! [..]:2 order-125 of user-1, 4999 cents: acknowledged
+//! 1^C
+//! closed; orders processed: 3
+//! ```
+//!
+//! Notice: a subscription starts at the topic's end unless it is told `Earliest`, and only when it is new: later
+//! consumers go on where it stands. With the type `Exclusive`, this client would not refuse a second consumer but retry
+//! for ever without a word.
+//!
+//! Try: kill -9 this program right after it printed an order; the next run may get that order again. Run it twice and
+//! stop the first: the second takes over. Kill the broker and start it again: the client comes back by itself, or gives
+//! up, at the latest after about a minute, and the program ends with an error.
+//!
+//! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_producer.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use anyhow::Context;
+use futures::TryStreamExt;
+use pulsar::consumer::{InitialPosition, Message};
+use pulsar::{
+    Consumer, ConsumerOptions, DeserializeMessage, Payload, Pulsar, SubType, TokioExecutor,
+};
+use serde::Deserialize;
+use tokio::time::{sleep, timeout};
+
+const TOPIC: &str = "persistent://public/default/orders";
+const SUBSCRIPTION: &str = "order-processor";
+const PATIENCE: Duration = Duration::from_secs(5);
+
+#[derive(Deserialize)]
+struct Order {
+    order_id: String,
+    user_id: String,
+    amount: i64,
+}
+
+impl DeserializeMessage for Order {
+    type Output = serde_json::Result<Self>;
+
+    fn deserialize_message(payload: &Payload) -> Self::Output {
+        serde_json::from_slice(&payload.data)
+    }
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let address =
+        std::env::var("PULSAR_ADDRESS").unwrap_or_else(|_| "pulsar://localhost:6650".into());
+    let pulsar = connect(&address).await?;
+    let mut consumer: Consumer<Order, _> = pulsar
+        .consumer()
+        .with_topic(TOPIC)
+        .with_subscription(SUBSCRIPTION)
+        .with_subscription_type(SubType::Failover)
+        .with_options(ConsumerOptions::default().with_initial_position(InitialPosition::Earliest))
+        .build()
+        .await?;
+    println!("subscribed as {SUBSCRIPTION}; Ctrl-C to stop");
+
+    let mut processed = 0;
+    let mut stop = pin!(tokio::signal::ctrl_c());
+    loop {
+        let message = tokio::select! {
+            signal = &mut stop => break signal?,
+            // The stream ends when the client has given up reconnecting. To leave the loop then, as for a normal end,
+            // would hide it.
+            message = consumer.try_next() => message?
+                .with_context(|| format!("lost the connection to {address}"))?,
+        };
+        // Outside the select: Ctrl-C does not interrupt an order in hand.
+        processed += u32::from(handle(&mut consumer, &message).await?);
+    }
+
+    // An ack is only queued by `ack`. The answer to the close comes after the acks before it.
+    timeout(PATIENCE, consumer.close())
+        .await
+        .context("the last orders may be delivered again: no answer to the close")??;
+    println!("closed; orders processed: {processed}");
+    Ok(())
+}
+
+/// Works on one message and settles it; false if it is not an order.
+///
+/// Such a message is left without an ack: it stays in the subscription's backlog and comes back to the next consumer.
+/// A negative ack would bring it back at once, and again, for ever.
+async fn handle(
+    consumer: &mut Consumer<Order, TokioExecutor>,
+    message: &Message<Order>,
+) -> anyhow::Result<bool> {
+    let place = format!(
+        "{}:{}",
+        message.message_id().ledger_id,
+        message.message_id().entry_id
+    );
+    let Order {
+        order_id,
+        user_id,
+        amount,
+    } = match message.deserialize() {
+        Ok(order) => order,
+        Err(error) => {
+            println!("{place} not an order, kept in the backlog: {error}");
+            return Ok(false);
+        }
+    };
+    sleep(Duration::from_millis(100)).await; // the work
+    consumer.ack(message).await?;
+    println!("{place} {order_id} of {user_id}, {amount} cents: acknowledged");
+    Ok(true)
+}
+
+/// Left alone, the client retries for more than a minute, in silence.
+async fn connect(address: &str) -> anyhow::Result<Pulsar<TokioExecutor>> {
+    let client = Pulsar::builder(address, TokioExecutor).build();
+    let connected = timeout(PATIENCE, client).await;
+    Ok(connected.with_context(|| {
+        format!("no Pulsar broker answers at {address}; `cargo lab up pulsar` starts one")
+    })??)
+}

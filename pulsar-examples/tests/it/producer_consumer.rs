@@ -1,0 +1,198 @@
+//! At least once: what was not acknowledged is delivered again, and nothing else is.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use compose::harness::{Example, Running};
+use compose::{Broker, Service};
+use futures::TryStreamExt;
+use pulsar::consumer::InitialPosition;
+use pulsar::{Consumer, ConsumerOptions, Pulsar, TokioExecutor};
+
+const SOON: Duration = Duration::from_secs(30);
+const TOPIC: &str = "persistent://public/default/orders";
+
+fn consumer(pulsar: &Broker) -> Result<Running> {
+    let program = Example::new(env!("CARGO_BIN_EXE_pulsar_consumer"));
+    let mut running = program.broker(pulsar).spawn()?;
+    running.wait_for("subscribed", SOON)?;
+    Ok(running)
+}
+
+async fn client(pulsar: &Broker) -> Result<Pulsar<TokioExecutor>> {
+    Ok(Pulsar::builder(pulsar.address(), TokioExecutor)
+        .build()
+        .await?)
+}
+
+async fn send(client: &Pulsar<TokioExecutor>, payloads: &[String]) -> Result<()> {
+    let mut producer = client.producer().with_topic(TOPIC).build().await?;
+    for payload in payloads {
+        producer.send_non_blocking(payload.as_str()).await?.await?;
+    }
+    Ok(producer.close().await?)
+}
+
+fn orders(count: u32) -> Vec<String> {
+    let order = |id| format!(r#"{{"order_id":"o{id}","user_id":"u","amount":1}}"#);
+    (0..count).map(order).collect()
+}
+
+/// What the subscription still has to deliver: only asked when no consumer is connected.
+async fn backlog(client: &Pulsar<TokioExecutor>, last: &str) -> Result<Vec<String>> {
+    // The end of the backlog is a message of our own.
+    send(client, &[last.to_owned()]).await?;
+    let mut consumer: Consumer<String, _> = client
+        .consumer()
+        .with_topic(TOPIC)
+        .with_subscription("order-processor")
+        .with_subscription_type(pulsar::SubType::Failover)
+        .build()
+        .await?;
+    let mut rest = Vec::new();
+    loop {
+        let next = tokio::time::timeout(SOON, consumer.try_next()).await??;
+        let payload = next.context("the stream ended")?.deserialize()?;
+        if payload == last {
+            break;
+        }
+        rest.push(payload);
+    }
+    consumer.close().await?;
+    Ok(rest)
+}
+
+#[tokio::test]
+async fn each_receipt_names_the_place_of_its_order() -> Result<()> {
+    let pulsar = Broker::private(Service::Pulsar)?;
+    let client = client(&pulsar).await?;
+    let mut reader: Consumer<String, _> = client
+        .consumer()
+        .with_topic(TOPIC)
+        .with_options(ConsumerOptions::default().with_initial_position(InitialPosition::Earliest))
+        .build()
+        .await?;
+    let producer = Example::new(env!("CARGO_BIN_EXE_pulsar_producer"));
+    let ended = producer.broker(&pulsar).spawn()?.wait(SOON)?.ok()?;
+    assert_eq!(ended.stdout.lines().count(), 3);
+    for line in ended.stdout.lines() {
+        let message = tokio::time::timeout(SOON, reader.try_next()).await??;
+        let message = message.context("the stream ended")?;
+        let order: serde_json::Value = serde_json::from_str(&message.deserialize()?)?;
+        let id = order["order_id"].as_str().context("no order_id")?;
+        assert_eq!(message.key().as_deref(), Some(id));
+        assert_eq!(order["amount"], 4_999, "an integer of cents");
+        let place = message.message_id();
+        assert_eq!(
+            line,
+            format!("{id}: stored as {}:{}", place.ledger_id, place.entry_id)
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn after_sigkill_what_was_not_acknowledged_comes_again() -> Result<()> {
+    let pulsar = Broker::private(Service::Pulsar)?;
+    let client = client(&pulsar).await?;
+    let mut first = consumer(&pulsar)?;
+    send(&client, &orders(30)).await?;
+    for _ in 0..10 {
+        first.wait_for("acknowledged", SOON)?;
+    }
+    first.kill()?;
+    first.wait(SOON)?;
+    let done = first
+        .lines()
+        .iter()
+        .filter(|line| line.contains("acknowledged"))
+        .count();
+
+    let mut second = consumer(&pulsar)?;
+    second.wait_for(" o29 of u", SOON)?;
+    second.interrupt()?;
+    second.wait(SOON)?.ok()?;
+    let again: Vec<_> = second
+        .lines()
+        .into_iter()
+        .filter(|line| line.contains("acknowledged"))
+        .collect();
+    for id in done..30 {
+        let order = format!(" o{id} of u");
+        assert!(
+            again.iter().any(|line| line.contains(&order)),
+            "o{id} is lost: {again:#?}"
+        );
+    }
+    assert!(
+        again.len() <= 30 - done + 1,
+        "at most the last ack was lost: {again:#?}"
+    );
+    assert_eq!(backlog(&client, "end").await?, Vec::<String>::new());
+    Ok(())
+}
+
+#[tokio::test]
+async fn ctrl_c_finishes_the_order_in_hand_and_its_ack_arrives() -> Result<()> {
+    let pulsar = Broker::private(Service::Pulsar)?;
+    let client = client(&pulsar).await?;
+    let mut running = consumer(&pulsar)?;
+    let orders = orders(30);
+    send(&client, &orders).await?;
+    for _ in 0..5 {
+        running.wait_for("acknowledged", SOON)?;
+    }
+    running.interrupt()?;
+    running.wait(SOON)?.ok()?;
+    let done = running
+        .lines()
+        .iter()
+        .filter(|line| line.contains("acknowledged"))
+        .count();
+    assert!(done < 30);
+    assert_eq!(backlog(&client, "end").await?, orders[done..]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_message_that_is_no_order_is_reported_and_kept() -> Result<()> {
+    let pulsar = Broker::private(Service::Pulsar)?;
+    let client = client(&pulsar).await?;
+    let mut running = consumer(&pulsar)?;
+    send(&client, &["{".to_owned(), orders(1).remove(0)]).await?;
+    running.wait_for("not an order, kept in the backlog", SOON)?;
+    running.wait_for("o0 of u", SOON)?;
+    running.interrupt()?;
+    running.wait(SOON)?.ok()?;
+    let reports = running
+        .lines()
+        .iter()
+        .filter(|line| line.contains("not an order"))
+        .count();
+    assert_eq!(reports, 1, "no hot loop");
+    assert_eq!(backlog(&client, "end").await?, ["{"]);
+    Ok(())
+}
+
+/// The client tries to come back, for about a minute. Which of the two it is depends on the moment of the restart.
+#[tokio::test]
+async fn after_a_broker_crash_the_consumer_goes_on_or_ends_with_an_error() -> Result<()> {
+    let pulsar = Broker::private(Service::Pulsar)?;
+    let mut running = consumer(&pulsar)?;
+    pulsar.kill(1)?;
+    pulsar.restart(1)?;
+    send(&client(&pulsar).await?, &orders(1)).await?;
+    if running.wait_for("o0 of u", Duration::from_secs(90)).is_ok() {
+        running.interrupt()?;
+        running.wait(SOON)?.ok()?;
+    } else {
+        let ended = running.wait(SOON)?;
+        assert_eq!(ended.code(), 1, "{}", ended.stderr);
+        assert!(
+            ended.stderr.contains("lost the connection"),
+            "{}",
+            ended.stderr
+        );
+    }
+    Ok(())
+}
