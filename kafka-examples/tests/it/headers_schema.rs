@@ -1,0 +1,176 @@
+//! Nothing that arrives is lost: it is handled, or a dead letter that holds all it came with.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use compose::harness::{Example, Running};
+use compose::{Broker, Service};
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+
+const SOON: Duration = Duration::from_secs(30);
+
+type Bytes<'a> = Option<&'a [u8]>;
+
+fn reader(kafka: &Broker) -> Result<Running> {
+    let mut reader = Example::new(env!("CARGO_BIN_EXE_kafka_headers_schema"))
+        .broker(kafka)
+        .spawn()?;
+    reader.wait_for("waiting for events", SOON)?;
+    Ok(reader)
+}
+
+async fn send(
+    kafka: &Broker,
+    version: Option<&[u8]>,
+    key: Option<&[u8]>,
+    payload: Option<&[u8]>,
+) -> Result<()> {
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("message.max.bytes", "1100000")
+        .create()?;
+    let mut record = FutureRecord::<[u8], [u8]>::to("schema-events");
+    if let Some(version) = version {
+        record = record.headers(OwnedHeaders::new().insert(Header {
+            key: "schema-version",
+            value: Some(version),
+        }));
+    }
+    record.key = key;
+    record.payload = payload;
+    let sent = producer.send(record, SOON).await;
+    sent.map_err(|(error, _)| error)?;
+    Ok(())
+}
+
+fn dead_letters(kafka: &Broker, count: usize) -> Result<Vec<OwnedMessage>> {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("group.id", "judge")
+        .create()?;
+    let (_, end) = consumer.fetch_watermarks("schema-events.dlq", 0, SOON)?;
+    assert_eq!(end, i64::try_from(count)?, "dead letters");
+    let mut all = TopicPartitionList::new();
+    all.add_partition_offset("schema-events.dlq", 0, Offset::Beginning)?;
+    consumer.assign(&all)?;
+    (0..count)
+        .map(|_| {
+            let mut polls = std::iter::repeat_with(|| consumer.poll(Duration::from_secs(1)));
+            let letter = polls.by_ref().take(30).find_map(|letter| letter);
+            Ok(letter.context("a dead letter is missing")??.detach())
+        })
+        .collect()
+}
+
+fn header(letter: &OwnedMessage, name: &str) -> Option<String> {
+    let mut headers = letter.headers()?.iter();
+    let header = headers.find(|header| header.key == name)?;
+    Some(String::from_utf8_lossy(header.value?).into_owned())
+}
+
+#[tokio::test]
+async fn what_is_not_understood_is_kept_as_it_came() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let mut first = reader(&kafka)?;
+    let large = vec![b' '; 1_040_000];
+    let bad: [(Bytes<'_>, Bytes<'_>, Bytes<'_>); 8] = [
+        (Some(b"1.1"), None, Some(b"\xff\xfe")),
+        (Some(b"1.1"), Some(b"\xff"), Some(b"")),
+        (Some(b"1.1"), Some(b"k"), None),
+        (Some(b"2.0"), None, Some(br#"{"order_id":"x","amount":1}"#)),
+        (Some(b"\xff"), None, Some(br#"{"order_id":"x","amount":1}"#)),
+        (Some(b"one"), None, Some(br#"{"order_id":"x","amount":1}"#)),
+        (None, Some(b"k"), Some(br#"{"order_id":"x","amount":1}"#)),
+        (Some(b"1.0"), None, Some(&large)),
+    ];
+    for (version, key, payload) in bad {
+        send(&kafka, version, key, payload).await?;
+    }
+    send(
+        &kafka,
+        Some(b"1.0"),
+        None,
+        Some(br#"{"order_id":"good","amount":1,"new":[]}"#),
+    )
+    .await?;
+    first.wait_for("offset 8, version 1.0: good for 1 cents, EUR", SOON)?;
+    first.interrupt()?;
+    let ended = first.wait(SOON)?.ok()?;
+    assert!(ended.stdout.ends_with("handled 1, dead letters 8\n"));
+
+    for ((number, (version, key, payload)), letter) in
+        bad.into_iter().enumerate().zip(dead_letters(&kafka, 8)?)
+    {
+        assert_eq!((letter.key(), letter.payload()), (key, payload));
+        let origin = format!("schema-events/0/{number}");
+        assert_eq!(header(&letter, "dlq-origin"), Some(origin));
+        assert!(header(&letter, "dlq-reason").is_some_and(|reason| !reason.is_empty()));
+        let version = version.map(|version| String::from_utf8_lossy(version).into_owned());
+        assert_eq!(header(&letter, "schema-version"), version);
+    }
+
+    // All of it was committed: a second reader begins behind it.
+    let mut second = reader(&kafka)?;
+    send(
+        &kafka,
+        Some(b"1.1"),
+        None,
+        Some(br#"{"order_id":"next","amount":1}"#),
+    )
+    .await?;
+    second.wait_for("offset 9, ", SOON)?;
+    second.interrupt()?;
+    assert!(
+        second
+            .wait(SOON)?
+            .ok()?
+            .stdout
+            .ends_with("handled 1, dead letters 0\n")
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn without_a_dead_letter_there_is_no_commit() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let mut first = reader(&kafka)?;
+    // Fill its group's first position, so that the next one is known to have begun.
+    send(
+        &kafka,
+        Some(b"1.0"),
+        None,
+        Some(br#"{"order_id":"a","amount":1}"#),
+    )
+    .await?;
+    first.wait_for("offset 0, ", SOON)?;
+    // Nothing fits any more.
+    let admin: rdkafka::admin::AdminClient<rdkafka::client::DefaultClientContext> =
+        ClientConfig::new()
+            .set("bootstrap.servers", kafka.address())
+            .create()?;
+    use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
+    let limit = async |bytes| {
+        let topic = ResourceSpecifier::Topic("schema-events.dlq");
+        let change = AlterConfig::new(topic).set("max.message.bytes", bytes);
+        admin.alter_configs([&change], &AdminOptions::new()).await
+    };
+    limit("100").await?;
+    let payload = [b'x'; 500];
+    send(&kafka, Some(b"1.0"), None, Some(&payload)).await?;
+    let ended = first.wait(SOON)?;
+    assert_eq!(ended.code(), 1, "{}", ended.stdout);
+    assert!(
+        ended.stderr.contains("schema-events/0/1 is bad"),
+        "{}",
+        ended.stderr
+    );
+
+    limit("1200000").await?;
+    let mut second = reader(&kafka)?;
+    second.wait_for("offset 1 -> schema-events.dlq", SOON)?;
+    assert_eq!(dead_letters(&kafka, 1)?[0].payload(), Some(&payload[..]));
+    Ok(())
+}

@@ -1,0 +1,29 @@
+//! What the headers of the Kafka examples show and claim, tried on a real broker.
+
+mod admin;
+mod async_producer;
+mod batch_producer;
+mod broker_absent;
+mod compacted_table;
+mod compression;
+mod consumer_group;
+mod headers_schema;
+mod idempotent_consumer;
+mod lag_monitor;
+mod manual_commit;
+mod parallel_consumer;
+mod pitfall_auto_commit;
+mod pitfall_ordering;
+mod rebalance;
+mod reconnect;
+mod replay;
+mod retry_dlq;
+mod tuned_consumer;
+
+#[test]
+fn transcripts() {
+    compose::harness::transcripts(
+        env!("CARGO_PKG_NAME"),
+        env!("CARGO_BIN_EXE_kafka_async_producer"),
+    );
+}

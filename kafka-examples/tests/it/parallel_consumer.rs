@@ -1,0 +1,204 @@
+//! Many at once, in order per key, and never a position beyond what is done.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use compose::harness::{Example, Running};
+use compose::{Broker, Service};
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+
+const SOON: Duration = Duration::from_secs(40);
+const ORDERS: usize = 3000;
+
+fn example(kafka: &Broker, args: &[&str]) -> Result<Running> {
+    Example::new(env!("CARGO_BIN_EXE_kafka_parallel_consumer"))
+        .args(args)
+        .broker(kafka)
+        .spawn()
+}
+
+/// The group's positions, asked of the broker; 0 where it has none.
+fn committed(kafka: &Broker) -> Result<[i64; 2]> {
+    let observer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("group.id", "parallel-orders")
+        .create()?;
+    let mut list = TopicPartitionList::new();
+    list.add_partition_range("parallel-orders", 0, 1);
+    let list = observer.committed_offsets(list, SOON)?;
+    let mut positions = [0; 2];
+    for at in list.elements() {
+        if let Offset::Offset(next) = at.offset() {
+            positions[usize::try_from(at.partition())?] = next;
+        }
+    }
+    Ok(positions)
+}
+
+/// Partition, offset, and key of what was done, in the order in which it was done.
+type Done = Vec<(usize, i64, String)>;
+
+fn done(member: &mut Running) -> Result<Done> {
+    let mut all = Vec::new();
+    for line in member.lines() {
+        // done: partition 0 offset 3 user-7 order-11
+        if line.starts_with("done: ") {
+            let words: Vec<&str> = line.split(' ').collect();
+            let key = words.get(5).context("no key")?;
+            all.push((words[2].parse()?, words[4].parse()?, key.to_string()));
+        }
+    }
+    Ok(all)
+}
+
+fn distinct<'a>(all: impl IntoIterator<Item = &'a Done>) -> usize {
+    let places = all
+        .into_iter()
+        .flatten()
+        .map(|(partition, offset, _)| (partition, offset));
+    places.collect::<BTreeSet<_>>().len()
+}
+
+fn check_order(done: &Done) {
+    let mut last: BTreeMap<(usize, &str), i64> = BTreeMap::new();
+    for (partition, offset, key) in done {
+        if let Some(before) = last.insert((*partition, key), *offset) {
+            assert!(
+                before < *offset,
+                "{key}: {before} before {offset} on {partition}"
+            );
+        }
+    }
+}
+
+#[test]
+fn sigkill_and_rebalance_lose_nothing_and_keep_the_order_of_each_key() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    example(&kafka, &["send", &ORDERS.to_string()])?
+        .wait(SOON)?
+        .ok()?;
+    let mut first = example(&kafka, &[])?;
+    // Behind at least one of the commits that come every second.
+    for _ in 0..700 {
+        first.wait_for("done: ", SOON)?;
+    }
+    first.kill()?;
+    first.wait(SOON)?;
+    let killed = done(&mut first)?;
+    let positions = committed(&kafka)?;
+    assert!(positions.iter().sum::<i64>() > 0, "nothing was committed");
+    for (partition, next) in positions.into_iter().enumerate() {
+        let of: BTreeSet<i64> = killed
+            .iter()
+            .filter(|at| at.0 == partition)
+            .map(|at| at.1)
+            .collect();
+        assert!(
+            (0..next).all(|offset| of.contains(&offset)),
+            "committed {next} on {partition} over a gap"
+        );
+    }
+    let overtaken = |partition| {
+        let offsets: Vec<i64> = killed
+            .iter()
+            .filter(|at| at.0 == partition)
+            .map(|at| at.1)
+            .collect();
+        !offsets.is_sorted()
+    };
+    assert!(
+        overtaken(0) || overtaken(1),
+        "no order overtook another, so a gap was impossible"
+    );
+
+    let mut second = example(&kafka, &[])?;
+    second.wait_for("done: ", SOON)?;
+    let mut third = example(&kafka, &[])?;
+    third.wait_for("assigned: ", SOON)?;
+    let deadline = Instant::now() + SOON;
+    loop {
+        let all = [killed.clone(), done(&mut second)?, done(&mut third)?];
+        if distinct(&all) == ORDERS {
+            break;
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "only {} of {ORDERS}",
+            distinct(&all)
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    for member in [&mut second, &mut third] {
+        member.interrupt()?;
+        member.wait(SOON)?.ok()?;
+    }
+    let (second, third) = (done(&mut second)?, done(&mut third)?);
+    for one in [&killed, &second, &third] {
+        check_order(one);
+    }
+    assert!(!third.is_empty(), "the rebalance moved no work");
+    assert_eq!(
+        distinct([&second, &third]),
+        second.len() + third.len(),
+        "a clean handover repeats nothing"
+    );
+    let expected = ORDERS - usize::try_from(positions.iter().sum::<i64>())?;
+    assert_eq!(
+        second.len() + third.len(),
+        expected,
+        "from the commits on, and no more"
+    );
+    assert_eq!(
+        committed(&kafka)?.iter().sum::<i64>(),
+        i64::try_from(ORDERS)?
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_no_order_is_reported_and_does_not_block() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    example(&kafka, &["send", "1"])?.wait(SOON)?.ok()?;
+    let before = {
+        let mut member = example(&kafka, &[])?;
+        member.wait_for("done: ", SOON)?;
+        member.interrupt()?;
+        member.wait(SOON)?.ok()?;
+        committed(&kafka)?[0]
+    };
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    let records: [Option<&[u8]>; 4] = [None, Some(b""), Some(b"\xff"), Some(b"good")];
+    for payload in records {
+        let record = FutureRecord::<[u8], [u8]> {
+            payload,
+            ..FutureRecord::to("parallel-orders").partition(0)
+        };
+        producer
+            .send(record, SOON)
+            .await
+            .map_err(|(error, _)| error)?;
+    }
+    let mut member = example(&kafka, &[])?;
+    // They are worked on side by side.
+    let mut seen = 0;
+    while seen < 4 {
+        member.wait_for_line(
+            |line| {
+                line.starts_with("not an order, skipped: partition 0") || line.ends_with(" good")
+            },
+            "the fate of a record",
+            SOON,
+        )?;
+        seen += 1;
+    }
+    member.interrupt()?;
+    let ended = member.wait(SOON)?.ok()?;
+    assert_eq!(ended.stdout.matches("not an order").count(), 3);
+    assert_eq!(committed(&kafka)?[0], before + 4);
+    Ok(())
+}

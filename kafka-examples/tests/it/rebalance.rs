@@ -1,0 +1,87 @@
+//! A handover repeats nothing if the position is committed, and does repeat without.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use compose::harness::{Example, Running};
+use compose::{Broker, Service};
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+
+const SOON: Duration = Duration::from_secs(30);
+
+fn example(kafka: &Broker, args: &[&str]) -> Result<Running> {
+    Example::new(env!("CARGO_BIN_EXE_kafka_rebalance"))
+        .args(args)
+        .broker(kafka)
+        .spawn()
+}
+
+fn done(member: &mut Running) -> Vec<String> {
+    let mut lines = member.lines();
+    lines.retain(|line| line.starts_with("done: "));
+    lines
+}
+
+/// A second member joins while 1500 orders come in, and both end in turn. Returns how many were done twice.
+fn repeats(kafka: &Broker, args: &[&str]) -> Result<usize> {
+    let mut first = example(kafka, args)?;
+    first.wait_for("assigned: [0, 1, 2, 3]", SOON)?;
+    let mut sender = example(kafka, &["send", "1500"])?;
+    first.wait_for("done: ", SOON)?;
+    let mut second = example(kafka, args)?;
+    second.wait_for("assigned: ", SOON)?;
+    for _ in 0..50 {
+        second.wait_for("done: ", SOON)?;
+    }
+    first.interrupt()?;
+    first.wait(SOON)?.ok()?;
+    let first = done(&mut first);
+    assert!(
+        sender.try_wait()?.is_none(),
+        "the end came after the last order"
+    );
+    let deadline = Instant::now() + SOON;
+    loop {
+        let second = done(&mut second);
+        let all: BTreeSet<&String> = first.iter().chain(&second).collect();
+        if all.len() == 1500 {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "only {} of 1500", all.len());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    sender.wait(SOON)?.ok()?;
+    second.interrupt()?;
+    second.wait(SOON)?.ok()?;
+    Ok(first.len() + done(&mut second).len() - 1500)
+}
+
+#[test]
+fn what_was_done_is_committed_before_the_partition_moves() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    assert_eq!(repeats(&kafka, &[])?, 0);
+    let observer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("group.id", "rebalance-orders")
+        .create()?;
+    let mut list = TopicPartitionList::new();
+    list.add_partition_range("rebalance-orders", 0, 3);
+    for at in observer.committed_offsets(list, SOON)?.elements() {
+        assert_eq!(
+            at.offset(),
+            Offset::Offset(375),
+            "partition {}",
+            at.partition()
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn without_a_commit_on_revoke_work_is_repeated() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    assert!(repeats(&kafka, &["--careless"])? > 0);
+    Ok(())
+}

@@ -1,0 +1,262 @@
+//! A payment is paid or dead-lettered whatever is killed, holds up nobody, and is replayed once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use compose::harness::{Example, Running};
+use compose::{Broker, Service};
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::message::{Header, Headers, OwnedHeaders};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+
+const SOON: Duration = Duration::from_secs(30);
+const PAYMENTS: &str = "retry-dlq.payments";
+const DEAD_LETTERS: &str = "retry-dlq.payments.dlq";
+
+fn payer(kafka: &Broker) -> Result<Running> {
+    let payer = Example::new(env!("CARGO_BIN_EXE_kafka_retry_dlq"));
+    let mut payer = payer.broker(kafka).spawn()?;
+    payer.wait_for("waiting for payments", SOON)?;
+    Ok(payer)
+}
+
+fn replay(kafka: &Broker) -> Result<Running> {
+    let replay = Example::new(env!("CARGO_BIN_EXE_kafka_dlq_replay"));
+    replay.broker(kafka).args(["replay"]).spawn()
+}
+
+fn producer(kafka: &Broker) -> Result<FutureProducer> {
+    Ok(ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("message.max.bytes", "2000000")
+        .set("linger.ms", "0")
+        .create()?)
+}
+
+async fn send(
+    producer: &FutureProducer,
+    topic: &str,
+    key: Option<&str>,
+    payload: Option<&[u8]>,
+) -> Result<()> {
+    let mut record = FutureRecord::<str, [u8]>::to(topic).partition(0);
+    (record.key, record.payload) = (key, payload);
+    let record = record.headers(OwnedHeaders::new().insert(Header {
+        key: "tenant",
+        value: Some("acme"),
+    }));
+    producer
+        .send(record, SOON)
+        .await
+        .map_err(|(error, _)| error)?;
+    Ok(())
+}
+
+#[derive(Debug)]
+struct Record {
+    key: Option<String>,
+    payload: Option<Vec<u8>>,
+    headers: Vec<(String, String)>,
+    timestamp: i64,
+}
+
+impl Record {
+    fn header(&self, name: &str) -> Result<&str> {
+        let mut found = self.headers.iter().filter(|(key, _)| key == name);
+        let (_, value) = found
+            .next()
+            .with_context(|| format!("no {name}: {self:?}"))?;
+        ensure!(found.next().is_none(), "two {name}: {self:?}");
+        Ok(value)
+    }
+}
+
+fn read(kafka: &Broker, topic: &str) -> Result<Vec<Record>> {
+    let reader: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("group.id", "judge")
+        .set("enable.auto.commit", "false")
+        .set("enable.partition.eof", "true")
+        .set("isolation.level", "read_committed")
+        .create()?;
+    let mut all = TopicPartitionList::new();
+    for partition in 0..3 {
+        all.add_partition_offset(topic, partition, Offset::Beginning)?;
+    }
+    reader.assign(&all)?;
+    let (mut records, mut ends) = (Vec::new(), BTreeSet::new());
+    let deadline = Instant::now() + SOON;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    while ends.len() < 3 {
+        ensure!(Instant::now() < deadline, "cannot read {topic} to its end");
+        match reader.poll(Duration::from_secs(1)) {
+            Some(Ok(record)) => {
+                let headers = record.headers().into_iter().flat_map(Headers::iter);
+                records.push(Record {
+                    key: record.key().map(text),
+                    payload: record.payload().map(<[u8]>::to_vec),
+                    headers: headers
+                        .map(|one| (one.key.to_owned(), text(one.value.unwrap_or_default())))
+                        .collect(),
+                    timestamp: record.timestamp().to_millis().unwrap_or(0),
+                });
+            }
+            Some(Err(KafkaError::PartitionEOF(partition))) => {
+                ends.insert(partition);
+            }
+            Some(Err(error)) => return Err(error.into()),
+            None => {}
+        }
+    }
+    Ok(records)
+}
+
+#[tokio::test]
+async fn what_fails_holds_up_nobody_and_backs_off() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let mut payer = payer(&kafka)?;
+    let producer = producer(&kafka)?;
+    let failing = br#"{"payment_id":"failing","fails":99}"#;
+    send(&producer, PAYMENTS, Some("failing"), Some(failing)).await?;
+    let fine = br#"{"payment_id":"fine"}"#;
+    send(&producer, PAYMENTS, Some("fine"), Some(fine)).await?;
+    payer.wait_for("fine: paid at attempt 1", SOON)?;
+    payer.wait_for("failing: attempt 5 failed", SOON)?;
+    payer.interrupt()?;
+    payer.wait(SOON)?.ok()?;
+    let lines = payer.lines();
+    let at = |text: &str| lines.iter().position(|line| line.starts_with(text));
+    ensure!(
+        at("fine: paid") < at("failing: attempt 2 failed"),
+        "{lines:?}"
+    );
+    let sent = read(&kafka, PAYMENTS)?;
+    let dead = read(&kafka, DEAD_LETTERS)?;
+    // At least half of 100, 200, 400 and 500 ms.
+    let took = dead[0].timestamp - sent[0].timestamp;
+    ensure!(took >= 600, "five attempts within {took} ms");
+    Ok(())
+}
+
+#[tokio::test]
+async fn each_payment_is_paid_or_dead_lettered_over_kills() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let mut running = payer(&kafka)?;
+    let producer = producer(&kafka)?;
+    for number in 0..200 {
+        let fails = number % 7;
+        let key = format!("p{number}");
+        let payload = format!(r#"{{"payment_id":"{key}","fails":{fails}}}"#);
+        send(&producer, PAYMENTS, Some(&key), Some(payload.as_bytes())).await?;
+    }
+    // How each ended, and how often.
+    let mut ends: BTreeMap<String, u32> = BTreeMap::new();
+    for text in ["attempt 3 failed", "paid at attempt 5"] {
+        running.wait_for(text, SOON)?;
+        running.kill()?;
+        running.wait(SOON)?;
+        note(&mut ends, &running.lines());
+        running = payer(&kafka)?;
+    }
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let earlier = ends.clone();
+    while ends.len() < 200 {
+        ensure!(Instant::now() < deadline, "only {} ended", ends.len());
+        running.wait_for_line(is_end, "end of a payment", Duration::from_secs(20))?;
+        ends = earlier.clone();
+        note(&mut ends, &running.lines());
+    }
+    running.interrupt()?;
+    running.wait(SOON)?.ok()?;
+    for letter in read(&kafka, DEAD_LETTERS)? {
+        assert_eq!(letter.header("attempts")?, "5");
+        assert_eq!(letter.header("cause")?, "the bank does not answer");
+        assert_eq!(letter.header("origin.topic")?, PAYMENTS);
+    }
+    for (line, _) in ends {
+        let (key, end) = line.split_once(": ").context("no colon")?;
+        let fails = key[1..].parse::<u32>()? % 7;
+        let right = match fails {
+            0..5 => format!("paid at attempt {}", fails + 1),
+            _ => "attempt 5 failed: the bank does not answer; dead letter".into(),
+        };
+        assert_eq!(end, right, "{key}");
+    }
+    Ok(())
+}
+
+fn is_end(line: &str) -> bool {
+    line.contains(": paid at attempt ") || line.ends_with("; dead letter")
+}
+
+fn note(ends: &mut BTreeMap<String, u32>, lines: &[String]) {
+    for line in lines.iter().filter(|line| is_end(line)) {
+        *ends.entry(line.clone()).or_default() += 1;
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_payment_is_dead_lettered_as_it_came_and_replayed_once() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let mut running = payer(&kafka)?;
+    let producer = producer(&kafka)?;
+    let large = vec![b'x'; 1_048_000];
+    let bad: [Option<&[u8]>; 5] = [None, Some(b""), Some(b"\xff\xfe"), Some(b"{"), Some(&large)];
+    for payload in bad {
+        send(&producer, PAYMENTS, None, payload).await?;
+    }
+    for _ in bad {
+        running.wait_for("attempt 1 failed: not a payment: ", SOON)?;
+    }
+    running.interrupt()?;
+    running.wait(SOON)?.ok()?;
+    let letters = read(&kafka, DEAD_LETTERS)?;
+    assert_eq!(letters.len(), bad.len());
+    for payload in bad {
+        let payload = payload.map(<[u8]>::to_vec);
+        let letter = letters.iter().find(|letter| letter.payload == payload);
+        let letter = letter.context("a letter is missing, or was changed")?;
+        assert_eq!(letter.key, None);
+        assert_eq!(letter.header("attempts")?, "1");
+        assert_eq!(letter.header("origin.partition")?, "0");
+        assert_eq!(letter.header("tenant")?, "acme");
+    }
+
+    // Killed in the middle, a replay neither repeats nor forgets.
+    for number in 0..2_000 {
+        let payload = number.to_string();
+        send(&producer, DEAD_LETTERS, Some("k"), Some(payload.as_bytes())).await?;
+    }
+    let mut first = replay(&kafka)?;
+    for _ in 0..450 {
+        first.wait_for("cause: ", SOON)?;
+    }
+    first.kill()?;
+    first.wait(SOON)?;
+    let ended = replay(&kafka)?.wait(SOON)?.ok()?;
+    let rest = ended.stdout.lines().last().unwrap_or_default();
+    let rest: usize = rest
+        .strip_prefix("replayed: ")
+        .context("no count")?
+        .parse()?;
+    ensure!((1..2_000).contains(&rest), "killed too late: {rest}");
+    let again = replay(&kafka)?.wait(SOON)?.ok()?;
+    assert_eq!(again.stdout, "replayed: 0\n");
+
+    let replayed = read(&kafka, PAYMENTS)?;
+    let (replayed, sent): (Vec<_>, Vec<_>) = replayed
+        .iter()
+        .partition(|record| record.header("replays").is_ok());
+    assert_eq!((sent.len(), replayed.len()), (bad.len(), bad.len() + 2_000));
+    let once: BTreeSet<_> = replayed.iter().map(|record| &record.payload).collect();
+    assert_eq!(once.len(), replayed.len());
+    for record in replayed {
+        assert_eq!(record.header("replays")?, "1");
+        assert_eq!(record.header("tenant")?, "acme");
+        ensure!(record.header("attempts").is_err(), "history went along");
+    }
+    Ok(())
+}

@@ -1,0 +1,101 @@
+//! Work that exceeds max.poll.interval.ms costs the partition, is reported, and is not committed; slow work that does
+//! not exceed it costs nothing.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use compose::harness::{Example, Running};
+use compose::{Broker, Service};
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+
+const SOON: Duration = Duration::from_secs(40);
+
+fn consumer(kafka: &Broker, limit: &str, jobs: &[&str]) -> Result<Running> {
+    Example::new(env!("CARGO_BIN_EXE_kafka_tuned_consumer"))
+        .env("MAX_POLL_INTERVAL_MS", limit)
+        .args(jobs)
+        .broker(kafka)
+        .spawn()
+}
+
+fn judge(kafka: &Broker) -> Result<BaseConsumer> {
+    Ok(ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("group.id", "tuned-consumer")
+        .create()?)
+}
+
+fn members(judge: &BaseConsumer) -> Result<usize> {
+    let groups = judge.fetch_group_list(Some("tuned-consumer"), SOON)?;
+    Ok(groups
+        .groups()
+        .first()
+        .map_or(0, |group| group.members().len()))
+}
+
+fn committed(judge: &BaseConsumer) -> Result<Offset> {
+    let mut asked = TopicPartitionList::new();
+    asked.add_partition("tuned-jobs", 0);
+    let list = judge.committed_offsets(asked, SOON)?;
+    Ok(list.elements()[0].offset())
+}
+
+#[test]
+fn too_long_is_out_of_the_group_and_the_job_moves_to_another() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let judge = judge(&kafka)?;
+    let mut first = consumer(&kafka, "6000", &["10", "15000"])?;
+    first.wait_for("offset 1: still working after 4800 ms", SOON)?;
+    assert_eq!(members(&judge)?, 1, "not yet too late");
+    let deadline = Instant::now() + Duration::from_secs(8);
+    while members(&judge)? > 0 {
+        assert!(Instant::now() < deadline, "it is still a member");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // It is busy, and neither dead nor told yet.
+    assert!(!first.lines().iter().any(|line| line.contains("too late")));
+
+    // Its job goes to another member while it still works on it.
+    let mut second = consumer(&kafka, "300000", &[])?;
+    second.wait_for("offset 1: 15000 ms of work", SOON)?;
+    assert!(!first.lines().iter().any(|line| line.contains("too late")));
+    first.wait_for("offset 1: done, but too late", SOON)?;
+    first.wait_for("out of the group: ", SOON)?;
+    assert_eq!(
+        committed(&judge)?,
+        Offset::Offset(1),
+        "late work is not committed"
+    );
+    second.wait_for("offset 1: done", SOON)?;
+    second.interrupt()?;
+    second.wait(SOON)?.ok()?;
+    // Longer than the session timeout of ten seconds, and yet it was a member to the end.
+    assert_eq!(committed(&judge)?, Offset::Offset(2));
+    first.interrupt()?;
+    first.wait(SOON)?.ok()?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_no_job_is_reported_and_passed_over() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let mut consumer = consumer(&kafka, "300000", &["1"])?;
+    consumer.wait_for("offset 0: done", SOON)?;
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    for payload in [None, Some(&b""[..]), Some(b"\xff"), Some(b"-1"), Some(b"1")] {
+        let mut record = FutureRecord::<[u8], [u8]>::to("tuned-jobs");
+        record.payload = payload;
+        let sent = producer.send(record, SOON).await;
+        sent.map_err(|(error, _)| error)?;
+    }
+    consumer.wait_for("offset 5: done", SOON)?;
+    consumer.interrupt()?;
+    let ended = consumer.wait(SOON)?.ok()?;
+    assert_eq!(ended.stdout.matches("not a job, skipped").count(), 4);
+    assert_eq!(committed(&judge(&kafka)?)?, Offset::Offset(6));
+    Ok(())
+}
