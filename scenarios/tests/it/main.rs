@@ -1,0 +1,8 @@
+//! What the scenarios promise, tried on real brokers.
+
+mod order_pipeline;
+
+#[test]
+fn transcripts() {
+    compose::harness::transcripts(env!("CARGO_PKG_NAME"), env!("CARGO_BIN_EXE_order_pipeline"));
+}

@@ -1,0 +1,257 @@
+//! Orders from files and from standard input, garbage, no Kafka at all, and a second run.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use compose::{Broker, Service};
+use rdkafka::Message;
+use rdkafka::config::ClientConfig;
+use rdkafka::mocking::MockCluster;
+use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
+
+use super::{MINUTE, committed, header, program, reported};
+
+const LINES: &str = r#"{"order_id":"a1","user_id":"ann","amount":1250,"note":"keep 0.10 as it is","price":0.10}
+{"order_id":"a2","user_id":"bob","amount":12.50}
+not json
+
+{"order_id":"a3","user_id":"","amount":5}
+{"order_id":"a4","user_id":"ann","amount":200000,"item":"lamp"}
+{"order_id":"a1","user_id":"ann","amount":1250,"note":"keep 0.10 as it is","price":0.10}
+{"order_id":"a1","user_id":"ann","amount":99}
+{"order_id":"a5","user_id":"bob","amount":5,"item":"lamp","quantity":101}
+"#;
+
+#[test]
+fn orders_from_a_file_with_bad_lines() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let state = tempfile::tempdir()?;
+    let file = state.path().join("orders.jsonl");
+    std::fs::write(&file, LINES)?;
+    let path = file.display().to_string();
+    let run = || {
+        program(&state, &kafka.address(), &["--from", &path])
+            .spawn()?
+            .wait(MINUTE)?
+            .ok()
+    };
+    let report = run()?.stdout;
+    for (what, n) in [
+        ("orders in", 3),
+        ("shipped", 1),
+        ("cancelled", 1),
+        ("rejected", 1),
+        ("dead letters", 4),
+        ("duplicate orders suppressed", 1),
+    ] {
+        assert_eq!(reported(&report, what), Some(n), "{what}\n{report}");
+    }
+    let dead = committed(&kafka.address(), "orders.dlq")?;
+    let by_line: BTreeMap<String, (String, String)> = dead
+        .iter()
+        .map(|record| {
+            let text = String::from_utf8_lossy(record.payload().unwrap()).into_owned();
+            (
+                header(record, "line").unwrap(),
+                (text, header(record, "reason").unwrap()),
+            )
+        })
+        .collect();
+    assert_eq!(by_line.keys().collect::<Vec<_>>(), ["2", "3", "5", "8"]);
+    assert_eq!(by_line["3"].0, "not json");
+    assert!(by_line["2"].1.contains("floating point"), "{by_line:?}");
+    assert!(by_line["5"].1.contains("user_id is empty"), "{by_line:?}");
+    assert!(by_line["8"].1.contains("other content"), "{by_line:?}");
+    let shipped = committed(&kafka.address(), "orders")?
+        .into_iter()
+        .map(|record| String::from_utf8_lossy(record.payload().unwrap()).into_owned())
+        .find(|text| text.contains("shipped"))
+        .unwrap();
+    assert!(shipped.contains(r#""price":0.10"#), "{shipped}");
+
+    // The same file again: all of its orders were placed before.
+    let report = run()?.stdout;
+    assert_eq!(reported(&report, "orders in"), Some(0), "{report}");
+    assert_eq!(
+        reported(&report, "duplicate orders suppressed"),
+        Some(4),
+        "{report}"
+    );
+    Ok(())
+}
+
+#[test]
+fn orders_from_standard_input_are_placed_as_they_come() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let state = tempfile::tempdir()?;
+    let start = || {
+        program(&state, &kafka.address(), &["place", "--from", "-"])
+            .open_stdin()
+            .spawn()
+    };
+    let order = |n: u32| format!("{{\"order_id\":\"s{n}\",\"user_id\":\"u\",\"amount\":1}}\n");
+    let mut place = start()?;
+    place.write_stdin(order(1))?;
+    let deadline = Instant::now() + MINUTE;
+    while committed(&kafka.address(), "orders").is_ok_and(|records| records.is_empty()) {
+        assert!(
+            Instant::now() < deadline,
+            "nothing is placed before the end of the input"
+        );
+    }
+    place.kill()?;
+    // Piped in again: what is there is not placed twice, what is new is.
+    let mut place = start()?;
+    place.write_stdin(order(1) + &order(2) + "x\n")?;
+    place.close_stdin();
+    place.wait(MINUTE)?.ok()?;
+    assert_eq!(committed(&kafka.address(), "orders")?.len(), 2);
+    assert_eq!(committed(&kafka.address(), "orders.dlq")?.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn garbage_on_the_topic_blocks_nothing() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let state = tempfile::tempdir()?;
+    let run = || {
+        program(&state, &kafka.address(), &["--orders", "50"])
+            .spawn()?
+            .wait(MINUTE)
+    };
+    run()?.ok()?;
+    let vandal: BaseProducer<DefaultProducerContext> = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    let large = format!(
+        r#"{{"order_id":"1","status":"created","x":"{}"}}"#,
+        "x".repeat(900_000)
+    );
+    let garbage: [(&str, &str); 7] = [
+        ("\u{0}\u{1}", "inventory"),
+        ("{", "inventory"),
+        (r#"{"status":"lost"}"#, "inventory"),
+        (r#"{"status":"shipped"}"#, "inventory"),
+        (
+            r#"{"order_id":"1","user_id":"u","amount":-1,"status":"inventory_reserved"}"#,
+            "payment",
+        ),
+        (
+            r#"{"order_id":1,"user_id":"u","amount":1,"status":"paid"}"#,
+            "shipping",
+        ),
+        (&large, "inventory"),
+    ];
+    for (payload, _) in &garbage {
+        vandal
+            .send(BaseRecord::to("orders").key("k").payload(*payload))
+            .map_err(|(e, _)| e)?;
+    }
+    vandal
+        .send(BaseRecord::<str, str>::to("orders"))
+        .map_err(|(e, _)| e)?;
+    vandal.flush(MINUTE)?;
+    run()?.ok()?;
+    let dead = committed(&kafka.address(), "orders.dlq")?;
+    let mut stages: Vec<_> = dead
+        .iter()
+        .map(|record| header(record, "stage").unwrap())
+        .collect();
+    stages.sort();
+    let mut expected: Vec<_> = garbage.iter().map(|(_, stage)| *stage).collect();
+    expected.push("inventory");
+    expected.sort_unstable();
+    assert_eq!(stages, expected);
+    assert!(dead.iter().all(|record| {
+        ["reason", "topic", "partition", "offset"]
+            .iter()
+            .all(|key| header(record, key).is_some())
+    }));
+    // The audit reads every run, and knows each dead letter.
+    program(&state, &kafka.address(), &["audit"])
+        .spawn()?
+        .wait(MINUTE)?
+        .ok()?;
+    Ok(())
+}
+
+#[test]
+fn without_kafka_there_is_one_readable_error() -> Result<()> {
+    let state = tempfile::tempdir()?;
+    for part in [vec![], vec!["inventory"], vec!["place"]] {
+        let begun = Instant::now();
+        let ended = program(&state, "127.0.0.1:1", &part)
+            .spawn()?
+            .wait(Duration::from_secs(15))?;
+        assert_eq!(ended.code(), 1);
+        assert!(
+            begun.elapsed() < Duration::from_secs(11),
+            "{:?}",
+            begun.elapsed()
+        );
+        assert!(ended.stderr.contains("127.0.0.1:1"), "{}", ended.stderr);
+        assert!(
+            ended.stderr.contains("cargo lab up kafka"),
+            "{}",
+            ended.stderr
+        );
+        assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_named_run_is_placed_once() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let state = tempfile::tempdir()?;
+    let args = ["place", "--orders", "700", "--run", "spring-sale"];
+    for _ in 0..2 {
+        let place = program(&state, &kafka.address(), &args)
+            .spawn()?
+            .wait(MINUTE)?
+            .ok()?;
+        assert!(
+            place.stdout.contains("run spring-sale: 700 orders"),
+            "{}",
+            place.stdout
+        );
+    }
+    assert_eq!(committed(&kafka.address(), "orders")?.len(), 700);
+    Ok(())
+}
+
+#[test]
+fn an_interrupted_run_says_what_is_missing_and_goes_on_later() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let state = tempfile::tempdir()?;
+    let args = ["--orders", "2000", "--rate", "400"];
+    let mut first = program(&state, &kafka.address(), &args).spawn()?;
+    first.wait_for("final", MINUTE)?;
+    first.interrupt()?;
+    let first = first.wait(MINUTE)?;
+    assert_eq!(first.code(), 1);
+    assert!(first.stdout.contains("are not final"), "{}", first.stdout);
+    let second = program(&state, &kafka.address(), &args)
+        .spawn()?
+        .wait(MINUTE)?
+        .ok()?;
+    assert_eq!(
+        reported(&second.stdout, "orders in"),
+        Some(2000),
+        "{}",
+        second.stdout
+    );
+    assert_eq!(reported(&second.stdout, "dead letters"), Some(0));
+    Ok(())
+}
+
+#[test]
+fn runs_on_the_mock_cluster() -> Result<()> {
+    let mock = MockCluster::new(1)?;
+    let state = tempfile::tempdir()?;
+    let run = program(&state, &mock.bootstrap_servers(), &["--orders", "300"]);
+    let report = run.spawn()?.wait(MINUTE)?.ok()?.stdout;
+    assert_eq!(reported(&report, "orders in"), Some(300), "{report}");
+    Ok(())
+}

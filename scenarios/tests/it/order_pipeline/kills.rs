@@ -1,0 +1,307 @@
+//! Every stage as a process of its own, and SIGKILL for all of them, and for Kafka.
+
+use std::collections::BTreeMap;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use compose::harness::Running;
+use compose::{Broker, Service};
+use rdkafka::config::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
+use rdkafka::{Offset, TopicPartitionList};
+
+use super::checker::{Event, check};
+use super::{MINUTE, books, committed, program, reported};
+
+const ORDERS: usize = 6000;
+const KILLS: usize = 20;
+
+struct Pipeline<'a> {
+    brokers: String,
+    state: &'a tempfile::TempDir,
+    running: BTreeMap<&'static str, Running>,
+}
+
+impl Pipeline<'_> {
+    fn start(&mut self, part: &'static str) -> Result<()> {
+        let orders = ORDERS.to_string();
+        // The rate spreads the orders over the kills; without it, they are through before the second.
+        let args = match part {
+            "payment again" => vec!["payment", "--instance", "1"],
+            "place" => vec!["place", "--orders", &orders, "--rate", "300"],
+            stage => vec![stage],
+        };
+        let process = program(self.state, &self.brokers, &args).spawn()?;
+        self.running.insert(part, process);
+        Ok(())
+    }
+
+    fn part(&mut self, part: &str) -> Result<&mut Running> {
+        self.running
+            .get_mut(part)
+            .with_context(|| format!("{part} is not running"))
+    }
+}
+
+/// Other seeds kill others at other times: `ORDER_PIPELINE_SEED=7 cargo test -p scenarios kills`.
+#[test]
+fn survives_kills_of_every_part_and_of_kafka() -> Result<()> {
+    let seed = std::env::var("ORDER_PIPELINE_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok());
+    let mut random = fastrand::Rng::with_seed(seed.unwrap_or(1));
+    let kafka = Broker::private(Service::Kafka)?;
+    let state = tempfile::tempdir()?;
+    let mut pipeline = Pipeline {
+        brokers: kafka.address(),
+        state: &state,
+        running: BTreeMap::new(),
+    };
+    for part in ["place", "inventory", "payment", "shipping"] {
+        pipeline.start(part)?;
+    }
+
+    // The moments are random, so this waits for time, for once.
+    let kafka_dies_at = random.usize(KILLS / 4..KILLS * 3 / 4);
+    let mut plan = ["place", "inventory", "payment", "shipping"].repeat(KILLS / 4);
+    random.shuffle(&mut plan);
+    let mut kills = BTreeMap::new();
+    for (kill, mut part) in plan.into_iter().enumerate() {
+        let begun = Instant::now();
+        if kill == kafka_dies_at {
+            kafka.kill(1)?;
+            thread::sleep(Duration::from_millis(random.u64(0..3000)));
+            kafka.restart(1)?;
+        }
+        thread::sleep(Duration::from_millis(random.u64(100..1100)));
+        if part == "place" && pipeline.part("place")?.try_wait()?.is_some() {
+            part = "inventory";
+        }
+        // Every other kill of a stage is aimed: at the moment after an effect and before its event.
+        if part != "place" && random.bool() {
+            await_effect(&state, part);
+            thread::sleep(Duration::from_millis(random.u64(0..10)));
+        }
+        let process = pipeline.part(part)?;
+        ensure!(
+            process.try_wait()?.is_none(),
+            "{part} ended by itself:\n{:?}",
+            process.lines()
+        );
+        process.kill()?;
+        *kills.entry(part).or_insert(0) += 1;
+        if random.bool() {
+            thread::sleep(Duration::from_millis(random.u64(0..1000)));
+        }
+        pipeline.start(part)?;
+        eprintln!("kill {kill}: {part} ({:?})", begun.elapsed());
+    }
+
+    let placed = pipeline.part("place")?.wait(2 * MINUTE)?.ok()?;
+    assert!(
+        placed.stdout.contains(&format!("{ORDERS} orders placed")),
+        "{}",
+        placed.stdout
+    );
+    let audit = program(&state, &pipeline.brokers, &["audit"])
+        .spawn()?
+        .wait(2 * MINUTE)?;
+    eprintln!("seed {seed:?}, {kills:?}\n{}", audit.stdout);
+    for part in ["inventory", "payment", "shipping"] {
+        pipeline.part(part)?.terminate()?;
+        pipeline.part(part)?.wait(MINUTE)?.ok()?;
+    }
+
+    let records = committed(&pipeline.brokers, "orders")?;
+    let events = records
+        .iter()
+        .map(Event::read)
+        .collect::<Result<Vec<_>>>()?;
+    assert_eq!(check(&events, ORDERS), Vec::<String>::new());
+    assert_eq!(committed(&pipeline.brokers, "orders.dlq")?.len(), 0);
+
+    let count = |status: &str| events.iter().filter(|e| e.status == status).count() as i64;
+    let shipped = events.iter().filter(|event| event.status == "shipped");
+    let sum = |service, sql| books(&state, service, sql);
+    // All ends of the saga were reached, or the sums would prove little.
+    assert!(count("shipped") > 0 && count("cancelled") > 0 && count("rejected") > 0);
+    assert_eq!(
+        sum("payment", "SELECT count(*) FROM charges")?,
+        count("shipped")
+    );
+    assert_eq!(
+        sum("payment", "SELECT sum(amount) FROM charges")?,
+        shipped.map(|event| event.amount).sum::<i64>()
+    );
+    assert_eq!(
+        sum("shipping", "SELECT count(*) FROM shipments")?,
+        count("shipped")
+    );
+    assert_eq!(
+        sum(
+            "inventory",
+            "SELECT count(*) FROM reservations WHERE released"
+        )?,
+        count("cancelled")
+    );
+    assert_eq!(
+        sum("inventory", "SELECT sum(initial) - sum(on_hand) FROM stock")?,
+        sum(
+            "inventory",
+            "SELECT sum(quantity) FROM reservations WHERE NOT released"
+        )?
+    );
+
+    // The program's own verdict agrees, and the kills did hit work in hand.
+    let audit = audit.ok()?;
+    assert_eq!(reported(&audit.stdout, "orders in"), Some(ORDERS as i64));
+    let replays: i64 = ["inventory", "payment", "shipping"]
+        .iter()
+        .map(|stage| books(&state, stage, "SELECT ifnull(sum(n), 0) FROM replays"))
+        .sum::<Result<i64>>()?;
+    assert!(
+        replays > 0,
+        "no kill fell between an effect and its event: {kills:?}"
+    );
+    Ok(())
+}
+
+/// Waits until the stage has made another effect, for a second at most: there may be nothing to do.
+fn await_effect(state: &tempfile::TempDir, stage: &str) {
+    // There are no books before its first start.
+    let effects = || books(state, stage, "SELECT count(*) FROM handled").unwrap_or(0);
+    let (before, begun) = (effects(), Instant::now());
+    while effects() == before && begun.elapsed() < Duration::from_secs(1) {
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A process that was frozen while another took its place must not go on as if nothing had happened.
+#[test]
+fn a_frozen_stage_that_was_replaced_gives_up() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let state = tempfile::tempdir()?;
+    let mut pipeline = Pipeline {
+        brokers: kafka.address(),
+        state: &state,
+        running: BTreeMap::new(),
+    };
+    for part in ["inventory", "payment", "shipping", "place"] {
+        pipeline.start(part)?;
+    }
+    thread::sleep(Duration::from_secs(3));
+    let mut frozen = pipeline.running.remove("payment").context("payment")?;
+    frozen.pause()?;
+    pipeline.start("payment")?;
+    pipeline.part("place")?.wait(2 * MINUTE)?.ok()?;
+    frozen.resume()?;
+    let frozen = frozen.wait(MINUTE)?;
+    assert_eq!(frozen.code(), 1, "{}", frozen.stderr);
+    assert!(
+        frozen.stderr.contains("another process has taken over"),
+        "{}",
+        frozen.stderr
+    );
+    program(&state, &pipeline.brokers, &["audit"])
+        .spawn()?
+        .wait(2 * MINUTE)?
+        .ok()?;
+    let records = committed(&pipeline.brokers, "orders")?;
+    let events = records
+        .iter()
+        .map(Event::read)
+        .collect::<Result<Vec<_>>>()?;
+    assert_eq!(check(&events, ORDERS), Vec::<String>::new());
+    Ok(())
+}
+
+/// Processes of one stage share the partitions. One that joins, leaves or dies moves them to others in
+/// the middle of their work.
+#[test]
+fn partitions_move_between_instances() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let state = tempfile::tempdir()?;
+    let mut pipeline = Pipeline {
+        brokers: kafka.address(),
+        state: &state,
+        running: BTreeMap::new(),
+    };
+    for part in ["inventory", "payment", "shipping", "place"] {
+        pipeline.start(part)?;
+    }
+    await_effect(&state, "payment");
+    pipeline.start("payment again")?;
+    pipeline
+        .running
+        .get_mut("payment again")
+        .context("it")?
+        .wait_for("working", MINUTE)?;
+    for _ in 0..200 {
+        await_effect(&state, "payment");
+    }
+    pipeline.part("payment")?.kill()?;
+    pipeline.part("place")?.wait(2 * MINUTE)?.ok()?;
+    program(&state, &pipeline.brokers, &["audit"])
+        .spawn()?
+        .wait(2 * MINUTE)?
+        .ok()?;
+    pipeline.part("payment again")?.terminate()?;
+    let ended = pipeline.part("payment again")?.wait(MINUTE)?.ok()?;
+    assert!(
+        !ended.stdout.contains("payment: 0 events"),
+        "it never had work: {}",
+        ended.stdout
+    );
+    let records = committed(&pipeline.brokers, "orders")?;
+    let events = records
+        .iter()
+        .map(Event::read)
+        .collect::<Result<Vec<_>>>()?;
+    assert_eq!(check(&events, ORDERS), Vec::<String>::new());
+    Ok(())
+}
+
+/// Operators reset positions, and Kafka forgets those of a group without members after a week.
+#[test]
+fn positions_that_go_back_repeat_nothing() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let state = tempfile::tempdir()?;
+    let run = || {
+        program(&state, &kafka.address(), &["--orders", "300"])
+            .spawn()?
+            .wait(MINUTE)?
+            .ok()
+    };
+    run()?;
+    for stage in ["inventory", "payment", "shipping"] {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", kafka.address())
+            .set("group.id", format!("order-pipeline-{stage}"))
+            .create()?;
+        let mut start = TopicPartitionList::new();
+        let metadata = consumer.fetch_metadata(Some("orders"), MINUTE)?;
+        for partition in metadata.topics()[0].partitions() {
+            start.add_partition_offset("orders", partition.id(), Offset::Offset(0))?;
+        }
+        // Refused as long as the group waits for its member to come back.
+        let deadline = Instant::now() + MINUTE;
+        while let Err(error) = consumer.commit(&start, CommitMode::Sync) {
+            ensure!(Instant::now() < deadline, "{error}");
+            thread::sleep(Duration::from_millis(200));
+        }
+    }
+    let report = run()?.stdout;
+    // 300 at inventory alone: the positions did go back.
+    assert!(
+        reported(&report, "effects not repeated after a crash") >= Some(300),
+        "{report}"
+    );
+    let records = committed(&kafka.address(), "orders")?;
+    let events = records
+        .iter()
+        .map(Event::read)
+        .collect::<Result<Vec<_>>>()?;
+    assert_eq!(check(&events, 600), Vec::<String>::new());
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! The order pipeline: exactly-once effect under SIGKILL, and what it does with bad input.
+
+mod checker;
+mod inputs;
+mod kills;
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use compose::harness::Example;
+use rdkafka::config::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::message::{Headers, OwnedMessage};
+use rdkafka::{Message, Offset, TopicPartitionList};
+use rusqlite::{Connection, OpenFlags};
+use tempfile::TempDir;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// The program with its books in `state`.
+fn program(state: &TempDir, brokers: &str, args: &[&str]) -> Example {
+    Example::new(env!("CARGO_BIN_EXE_order_pipeline"))
+        .args(args)
+        .arg_state(state.path())
+        .env("KAFKA_BROKERS", brokers)
+}
+
+trait ArgState {
+    fn arg_state(self, state: &Path) -> Self;
+}
+
+impl ArgState for Example {
+    fn arg_state(self, state: &Path) -> Example {
+        self.args([Path::new("--state"), state])
+    }
+}
+
+/// All that a `read_committed` consumer finds on `topic`, partition by partition.
+fn committed(brokers: &str, topic: &str) -> Result<Vec<OwnedMessage>> {
+    let reader: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .set("group.id", "independent-reader")
+        .set("isolation.level", "read_committed")
+        .set("enable.auto.commit", "false")
+        .set("enable.partition.eof", "true")
+        .create()?;
+    let metadata = reader.fetch_metadata(Some(topic), MINUTE)?;
+    let mut all = TopicPartitionList::new();
+    for partition in metadata.topics()[0].partitions() {
+        all.add_partition_offset(topic, partition.id(), Offset::Beginning)?;
+    }
+    let mut open = all.count();
+    reader.assign(&all)?;
+    let mut records = Vec::new();
+    while open > 0 {
+        match reader.poll(MINUTE) {
+            Some(Ok(record)) => records.push(record.detach()),
+            Some(Err(KafkaError::PartitionEOF(_))) => open -= 1,
+            Some(Err(error)) => return Err(error.into()),
+            None => bail!("{topic} has no end"),
+        }
+    }
+    Ok(records)
+}
+
+fn header(record: &OwnedMessage, key: &str) -> Option<String> {
+    let header = record.headers()?.iter().find(|header| header.key == key)?;
+    String::from_utf8(header.value?.to_vec()).ok()
+}
+
+/// One number from the books of a service.
+fn books(state: &TempDir, service: &str, sql: &str) -> Result<i64> {
+    let cluster = std::fs::read_dir(state.path())?
+        .flatten()
+        .find(|entry| entry.path().is_dir())
+        .context("no books")?;
+    let file = cluster.path().join(format!("{service}.db"));
+    let db = Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    Ok(db.query_row(sql, [], |row| row.get(0))?)
+}
+
+/// The number that the report gives for `what`.
+fn reported(stdout: &str, what: &str) -> Option<i64> {
+    let line = stdout.lines().find(|line| line.starts_with(what))?;
+    line[what.len()..].trim().parse().ok()
+}
