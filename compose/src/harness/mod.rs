@@ -800,6 +800,7 @@ mod tests {
             title: "Title".to_owned(),
             source: PathBuf::from(format!("/workspace/src/bin/{name}.rs")),
             services: Vec::new(),
+            features: Vec::new(),
             header: header.to_owned(),
             header_line: 3,
         }

@@ -228,16 +228,17 @@ mod tests {
         .unwrap();
         fs::remove_file(root.join("nats-examples/README.md")).unwrap();
         fs::write(root.join("scenarios/README.md"), "no place\n").unwrap();
-        fs::rename(
-            root.join("scenarios/src/bin/pipeline"),
-            root.join("scenarios/src/bin/pipe"),
+        let manifest = fixture.read("scenarios/Cargo.toml");
+        fs::write(
+            root.join("scenarios/Cargo.toml"),
+            manifest.replace("lab.bin.pipeline", "lab.bin.gone"),
         )
         .unwrap();
         let workspace = Workspace::read(Some(&root.join("Cargo.toml"))).unwrap();
         let error = workspace.write_indexes(false).unwrap_err().to_string();
         for part in [
             "nats_a.rs: the file must start with a //! header",
-            "[package.metadata.lab.bin.pipeline] is about no binary",
+            "[package.metadata.lab.bin.gone] is about no binary",
             "nats-examples/README.md",
             "scenarios/README.md: add the lines <!-- index --> and <!-- /index -->",
         ] {

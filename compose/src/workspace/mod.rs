@@ -57,6 +57,8 @@ pub struct ExampleInfo {
     pub source: PathBuf,
     /// The services it needs, by the names that `cargo lab up` takes.
     pub services: Vec<String>,
+    /// The `required-features` of the binary.
+    pub features: Vec<String>,
     /// The `//!` lines at the top of the file, without the `//!`.
     pub header: String,
     /// The line of the file on which the header starts, counted from 1.
@@ -231,6 +233,7 @@ impl ExampleInfo {
             title: title.strip_suffix('.').unwrap_or(title).to_owned(),
             source,
             services: own.unwrap_or(&lab.services).clone(),
+            features: target.required_features.clone(),
             header,
             header_line,
         })
@@ -356,6 +359,13 @@ name = "scenarios"
 edition.workspace = true
 [package.metadata.lab.bin.pipeline]
 services = ["kafka", "opensearch"]
+[features]
+default = ["more"]
+more = []
+[[bin]]
+name = "pipeline"
+path = "src/bin/pipeline/main.rs"
+required-features = ["more"]
 [dependencies]
 anyhow.workspace = true
 protoc-bin-vendored.workspace = true
@@ -429,6 +439,9 @@ mod tests {
             examples,
             expected.map(|(name, title, services)| (name, title, services.to_owned()))
         );
+        let features = |name| &fixture.workspace.find(name).unwrap().features;
+        assert_eq!(features("pipeline"), &["more"]);
+        assert!(features("nats_a").is_empty());
         let groups: Vec<_> = fixture
             .workspace
             .groups()

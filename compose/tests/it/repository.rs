@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use compose::fetch;
+use compose::workspace::Workspace;
 
 #[test]
 fn docker_runs_the_versions_that_run_natively() {
@@ -30,48 +31,77 @@ fn docker_runs_the_versions_that_run_natively() {
     }
 }
 
+const CLIENTS: [&str; 4] = ["rdkafka", "lapin", "async-nats", "pulsar"];
+
+/// Those of the [`CLIENTS`] that cargo builds for a package.
+fn clients_of(package: &str, features: &[&str]) -> Vec<&'static str> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args(["tree", "--package", package])
+        .args(["--edges", "normal,build", "--prefix", "none"])
+        .args(["--format", "{p}"])
+        .args(features)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let tree = String::from_utf8(output.stdout).unwrap();
+    let crates: Vec<_> = tree
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    CLIENTS
+        .into_iter()
+        .filter(|client| crates.contains(client))
+        .collect()
+}
+
 /// Whoever learns NATS must not wait for librdkafka to build: `lab` links no client, and each crate only its own.
 #[test]
 fn nobody_builds_the_client_of_another_broker() {
-    const CLIENTS: [&str; 4] = ["rdkafka", "lapin", "async-nats", "pulsar"];
+    assert!(clients_of("compose", &[]).is_empty());
     for (package, own) in [
-        ("compose", None),
-        ("kafka-examples", Some("rdkafka")),
-        ("rabbitmq-examples", Some("lapin")),
-        ("nats-examples", Some("async-nats")),
-        ("pulsar-examples", Some("pulsar")),
+        ("kafka-examples", "rdkafka"),
+        ("rabbitmq-examples", "lapin"),
+        ("nats-examples", "async-nats"),
+        ("pulsar-examples", "pulsar"),
     ] {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let output = Command::new(cargo)
-            .args([
-                "tree",
-                "--package",
-                package,
-                "--edges",
-                "normal,build",
-                "--prefix",
-                "none",
-            ])
-            .args(["--format", "{p}"])
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
+        assert_eq!(clients_of(package, &[]), [own], "{package}");
+    }
+}
+
+/// `cargo lab run` gives a scenario the features that it requires, and no others.
+#[test]
+fn a_scenario_builds_the_clients_of_the_brokers_it_runs_on() {
+    let workspace = Workspace::load().unwrap();
+    let scenarios: Vec<_> = workspace
+        .examples()
+        .iter()
+        .filter(|example| example.package == "scenarios")
+        .collect();
+    assert!(!scenarios.is_empty());
+    for scenario in scenarios {
+        let features = scenario.features.join(",");
+        let features = ["--no-default-features", "--features", &features];
+        let expected: Vec<_> = [
+            ("kafka", "rdkafka"),
+            ("rabbitmq", "lapin"),
+            ("nats", "async-nats"),
+            ("pulsar", "pulsar"),
+        ]
+        .into_iter()
+        .filter(|(service, _)| scenario.services.iter().any(|needed| needed == service))
+        .map(|(_, client)| client)
+        .collect();
+        assert_eq!(
+            clients_of("scenarios", &features),
+            expected,
             "{}",
-            String::from_utf8_lossy(&output.stderr)
+            scenario.name
         );
-        let tree = String::from_utf8(output.stdout).unwrap();
-        let crates: Vec<_> = tree
-            .lines()
-            .filter_map(|line| line.split(' ').next())
-            .collect();
-        for client in CLIENTS {
-            assert_eq!(
-                crates.contains(&client),
-                Some(client) == own,
-                "{package} and {client}"
-            );
-        }
     }
 }

@@ -37,6 +37,14 @@ pub fn build(workspace: &Workspace, name: &str, release: bool) -> Result<PathBuf
             command.env_remove(&name);
         }
     }
+    // The default features of a package are those of all its binaries, and bring what this one does not use.
+    if !example.features.is_empty() {
+        command.args([
+            "--no-default-features",
+            "--features",
+            &example.features.join(","),
+        ]);
+    }
     if release {
         command.arg("--release");
     }
