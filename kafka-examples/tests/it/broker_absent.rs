@@ -27,6 +27,7 @@ fn without_a_broker_the_error_says_where_and_what_to_do() -> Result<()> {
             env!("CARGO_BIN_EXE_kafka_reconnect"),
             env!("CARGO_BIN_EXE_kafka_replay"),
             env!("CARGO_BIN_EXE_kafka_retry_dlq"),
+            env!("CARGO_BIN_EXE_kafka_tracing"),
             env!("CARGO_BIN_EXE_kafka_tuned_consumer"),
         ],
     )

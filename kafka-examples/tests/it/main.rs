@@ -18,6 +18,7 @@ mod rebalance;
 mod reconnect;
 mod replay;
 mod retry_dlq;
+mod tracing;
 mod tuned_consumer;
 
 #[test]
