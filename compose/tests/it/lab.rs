@@ -108,8 +108,9 @@ fn text(output: &Output) -> String {
     )
 }
 
+/// Long, as cargo runs one build at a time, and other tests build too.
 fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(120);
+    let deadline = Instant::now() + Duration::from_secs(400);
     while !holds() {
         assert!(Instant::now() < deadline, "waited in vain until {what}");
         std::thread::sleep(Duration::from_millis(20));
