@@ -1,5 +1,7 @@
 //! What the scenarios promise, tried on real brokers.
 
+mod event_bus;
+mod log_aggregation;
 mod order_pipeline;
 
 #[test]

@@ -1,0 +1,403 @@
+//! The event bus: one mail for each user under SIGKILL, late services, poison events.
+
+mod smtp;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use async_nats::jetstream;
+use compose::harness::{Example, Running};
+use compose::{Broker, Service};
+use futures::StreamExt;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+
+use smtp::{Fault, MailServer};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+struct World {
+    nats: Broker,
+    state: TempDir,
+    mail: MailServer,
+}
+
+impl World {
+    fn new(faults: &[Fault]) -> Result<World> {
+        Ok(World {
+            nats: Broker::private(Service::Nats)?,
+            state: tempfile::tempdir()?,
+            mail: MailServer::start(faults)?,
+        })
+    }
+
+    fn start(&self, args: &[&str]) -> Result<Running> {
+        Example::new(env!("CARGO_BIN_EXE_event_bus"))
+            .args(args)
+            .args(["--wait", "60", "--state"])
+            .args([self.state.path()])
+            .broker(&self.nats)
+            .env("SMTP_URL", &self.mail.url)
+            .spawn()
+    }
+
+    /// The same on JetStream, which gives an event to another one two seconds after a kill.
+    fn durable(&self, args: &[&str]) -> Result<Running> {
+        self.start(&[args, &["--durable", "--ack-wait", "2"]].concat())
+    }
+
+    /// What each user has got, and how many mails came twice.
+    fn mails(&self) -> (BTreeMap<String, BTreeSet<String>>, usize) {
+        let mut mails = BTreeMap::<String, BTreeSet<String>>::new();
+        let mut repeats = 0;
+        for mail in self.mail.mails() {
+            let new = mails.entry(mail.recipient).or_default().insert(mail.id);
+            repeats += usize::from(!new);
+        }
+        (mails, repeats)
+    }
+
+    fn await_mails(&self, users: usize) -> Result<()> {
+        let deadline = Instant::now() + MINUTE;
+        while self.mails().0.len() < users {
+            ensure!(Instant::now() < deadline, "{:?}", self.mail.mails());
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// What the servers says of a durable consumer: not yet delivered, and not yet acknowledged.
+    fn open(&self, service: &str) -> Result<(u64, usize)> {
+        let url = self.nats.address();
+        Runtime::new()?.block_on(async {
+            let jetstream = jetstream::new(async_nats::connect(url).await?);
+            let consumer: jetstream::consumer::PullConsumer = jetstream
+                .get_consumer_from_stream(service, "USER_EVENTS")
+                .await?;
+            let info = consumer.cached_info();
+            Ok((info.num_pending, info.num_ack_pending))
+        })
+    }
+
+    /// The reasons of the dead letters by service and payload.
+    fn dead_letters(&self) -> Result<BTreeMap<(String, Vec<u8>), String>> {
+        let url = self.nats.address();
+        Runtime::new()?.block_on(async {
+            let jetstream = jetstream::new(async_nats::connect(url).await?);
+            let mut stream = jetstream.get_stream("USER_EVENTS_DEAD").await?;
+            let count = stream.info().await?.state.messages as usize;
+            let consumer = stream
+                .create_consumer(jetstream::consumer::pull::Config::default())
+                .await?;
+            let mut letters = BTreeMap::new();
+            let mut batch = consumer.fetch().max_messages(1000).messages().await?;
+            while let Some(letter) = batch.next().await {
+                let letter = letter.map_err(anyhow::Error::from_boxed)?;
+                let headers = letter.headers.as_ref().context("no headers")?;
+                let header = |name: &str| headers.get(name).map(ToString::to_string);
+                let key = (
+                    header("service").context("service")?,
+                    letter.payload.to_vec(),
+                );
+                let twice = letters.insert(key, header("reason").context("reason")?);
+                ensure!(twice.is_none(), "a dead letter twice");
+            }
+            ensure!(letters.len() == count, "{count} dead letters");
+            Ok(letters)
+        })
+    }
+
+    fn publish(&self, subject: &'static str, payloads: &[&[u8]]) -> Result<()> {
+        let url = self.nats.address();
+        Runtime::new()?.block_on(async {
+            let client = async_nats::connect(url).await?;
+            for payload in payloads {
+                client.publish(subject, payload.to_vec().into()).await?;
+            }
+            Ok(client.flush().await?)
+        })
+    }
+}
+
+/// The number that the report gives for `what`.
+fn reported(stdout: &str, what: &str) -> Option<u64> {
+    let line = stdout.lines().find(|line| line.starts_with(what))?;
+    line.rsplit(' ').next()?.parse().ok()
+}
+
+#[test]
+fn every_user_gets_one_mail_though_everything_is_killed() -> Result<()> {
+    const USERS: usize = 400;
+    let world = World::new(&[Fault::Busy, Fault::Busy])?;
+    let mut random = fastrand::Rng::with_seed(3);
+    let user = ["user", "--users", "400", "--rate", "60"];
+    let start = |part: &str| match part {
+        "user" => world.durable(&user),
+        part => world.durable(&[part]),
+    };
+    let mut running = BTreeMap::new();
+    // Two instances of the email service share its work.
+    for (name, part) in [
+        ("email", "email"),
+        ("email again", "email"),
+        ("notification", "notification"),
+        ("user", "user"),
+    ] {
+        running.insert(name, (part, start(part)?));
+    }
+    // The moments are random, so this waits for time, for once.
+    let mut kills = 0;
+    for round in 0..3 {
+        for (part, process) in running.values_mut() {
+            thread::sleep(Duration::from_millis(random.u64(100..500)));
+            // The users may all be there by now.
+            if process.try_wait()?.is_some() && *part == "user" {
+                continue;
+            }
+            ensure!(
+                process.try_wait()?.is_none(),
+                "{part} ended: {:?}",
+                process.lines()
+            );
+            process.kill()?;
+            kills += 1;
+            *process = start(part)?;
+        }
+        if round == 1 {
+            world.nats.kill(1)?;
+            thread::sleep(Duration::from_millis(random.u64(0..1000)));
+            world.nats.restart(1)?;
+        }
+    }
+    assert!(kills >= 9, "{kills}");
+    let (_, mut user) = running.remove("user").context("user")?;
+    user.wait(2 * MINUTE)?.ok()?;
+    let report = world
+        .durable(&["report", "--timeout", "100"])?
+        .wait(2 * MINUTE)?
+        .ok()?
+        .stdout;
+    let (mails, repeats) = world.mails();
+    assert_eq!(mails.len(), USERS, "{report}");
+    assert!(mails.values().all(|ids| ids.len() == 1), "{mails:?}");
+    // Each repeat is one that the service knows it could not tell.
+    let in_doubt = reported(&report, "all runs: mails in doubt").context("no line")?;
+    assert!(repeats as u64 <= in_doubt, "{repeats} repeats, {report}");
+    assert_eq!(reported(&report, "users created"), Some(USERS as u64));
+    assert_eq!(
+        reported(&report, "notifications"),
+        Some(USERS as u64 * 6 / 5)
+    );
+    assert_eq!(world.dead_letters()?, BTreeMap::new());
+    for (_, mut process) in running.into_values() {
+        process.terminate()?;
+        process.wait(MINUTE)?.ok()?;
+    }
+    assert_eq!(world.open("email")?, (0, 0));
+    assert_eq!(world.open("notification")?, (0, 0));
+    Ok(())
+}
+
+/// The one moment that no transaction covers.
+#[test]
+fn a_kill_between_the_servers_answer_and_the_mark_repeats_the_same_mail() -> Result<()> {
+    let world = World::new(&[Fault::Hold])?;
+    world
+        .durable(&["user", "--users", "1"])?
+        .wait(MINUTE)?
+        .ok()?;
+    let mut email = world.durable(&["email"])?;
+    world.mail.happened.recv_timeout(MINUTE)?;
+    email.kill()?;
+    let mut email = world.durable(&["email"])?;
+    email.wait_for("mail to user-1@example.org", MINUTE)?;
+    email.interrupt()?;
+    email.wait(MINUTE)?.ok()?;
+    let (mails, repeats) = world.mails();
+    assert_eq!((mails.len(), repeats), (1, 1));
+    assert_eq!(mails["user-1@example.org"].len(), 1, "{mails:?}");
+
+    // The books know of it, and the program's own mailbox keeps such a mail once.
+    let mut notification = world.durable(&["notification"])?;
+    notification.wait_for("events.user.created", MINUTE)?;
+    let report = world.durable(&["report"])?.wait(MINUTE)?.ok()?.stdout;
+    assert_eq!(
+        reported(&report, "all runs: mails in doubt"),
+        Some(1),
+        "{report}"
+    );
+    Ok(())
+}
+
+#[test]
+fn the_mailbox_keeps_a_repeated_mail_once() -> Result<()> {
+    let world = World::new(&[])?;
+    let mut mailbox = world.start(&["mailbox", "--listen", "127.0.0.1:0"])?;
+    let line = mailbox.wait_for("smtp://", MINUTE)?;
+    let address = line.split("smtp://").nth(1).context("address")?.to_owned();
+    for _ in 0..2 {
+        let text = "Subject: Hello\r\nMessage-ID: <created-r-1@x>\r\n\r\nText";
+        let sender = lettre::SmtpTransport::builder_dangerous("127.0.0.1")
+            .port(address.rsplit(':').next().context("port")?.parse()?)
+            .build();
+        let envelope = lettre::address::Envelope::new(
+            Some("a@example.org".parse()?),
+            vec!["b@example.org".parse()?],
+        )?;
+        lettre::Transport::send_raw(&sender, &envelope, text.as_bytes())?;
+    }
+    mailbox.wait_for("for b@example.org \"Hello\"", MINUTE)?;
+    mailbox.wait_for("again, suppressed", MINUTE)?;
+    mailbox.terminate()?;
+    mailbox.wait(MINUTE)?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn who_was_away_or_is_new_gets_what_it_missed() -> Result<()> {
+    let world = World::new(&[])?;
+    // Nobody is there: with JetStream the events wait, without they are gone.
+    world
+        .start(&["user", "--users", "20"])?
+        .wait(MINUTE)?
+        .ok()?;
+    world
+        .durable(&["user", "--users", "40"])?
+        .wait(MINUTE)?
+        .ok()?;
+    let mut first = world.durable(&["email"])?;
+    let mut second = world.durable(&["email"])?;
+    world.await_mails(40)?;
+    // Nobody has told the user service of this one.
+    let mut audit = world.durable(&["audit"])?;
+    audit.wait_for("-000040", MINUTE)?;
+    let mut handled = 0;
+    for process in [&mut first, &mut second, &mut audit] {
+        process.terminate()?;
+        let stdout = process.wait(MINUTE)?.ok()?.stdout;
+        let line = stdout.lines().last().context("nothing said")?.to_owned();
+        let events: u64 = line.split(' ').nth(1).context("no count")?.parse()?;
+        if line.starts_with("email") {
+            handled += events;
+        } else {
+            assert_eq!(events, 48, "{line}");
+        }
+    }
+    assert_eq!(handled, 40);
+    assert_eq!(world.mail.mails().len(), 40);
+
+    // Core NATS: only those who listen, and of a queue group only one.
+    let mut first = world.start(&["email"])?;
+    let mut second = world.start(&["email"])?;
+    for process in [&mut first, &mut second] {
+        process.wait_for("listening", MINUTE)?;
+    }
+    world
+        .start(&["user", "--users", "30"])?
+        .wait(MINUTE)?
+        .ok()?;
+    let deadline = Instant::now() + MINUTE;
+    while world.mail.mails().len() < 70 {
+        ensure!(Instant::now() < deadline, "{}", world.mail.mails().len());
+        thread::sleep(Duration::from_millis(20));
+    }
+    for process in [&mut first, &mut second] {
+        process.interrupt()?;
+        process.wait(MINUTE)?.ok()?;
+    }
+    assert_eq!(world.mail.mails().len(), 70);
+    Ok(())
+}
+
+#[test]
+fn poison_events_end_elsewhere_and_the_services_live_on() -> Result<()> {
+    let world = World::new(&[])?;
+    let event = |id: &str, email: &str| {
+        format!(
+            r#"{{"version":1,"user_id":"{id}","email":"{email}","timestamp":"2026-01-01T00:00:00Z"}}"#
+        )
+    };
+    let (nobody, strange, good) = (
+        event("n", "nobody@example.org"),
+        event("s", "not an address"),
+        event("g\\r\\nBcc: all", "good@example.org"),
+    );
+    let unreadable: [&[u8]; 5] = [
+        b"User ID: 123",
+        b"\xff\xfe\x00",
+        b"",
+        br#"{"version":2,"id":1}"#,
+        br#"{"version":1,"user_id":7}"#,
+    ];
+    // Core NATS: reported and skipped.
+    let mut email = world.start(&["email"])?;
+    email.wait_for("listening", MINUTE)?;
+    world.publish("events.user.created", &unreadable)?;
+    world.publish(
+        "events.user.created",
+        &[nobody.as_bytes(), strange.as_bytes(), good.as_bytes()],
+    )?;
+    email.wait_for("version 2 is not known here", MINUTE)?;
+    email.wait_for("mail to good@example.org", MINUTE)?;
+    email.interrupt()?;
+    let ended = email.wait(MINUTE)?.ok()?;
+    assert!(
+        ended.stdout.contains("1 events handled, 7 skipped"),
+        "{}",
+        ended.stdout
+    );
+
+    // JetStream: to the dead letters, once for each service that cannot use it, and never again.
+    let world = World::new(&[])?;
+    let mut notification = world.durable(&["notification"])?;
+    notification.wait_for("working", MINUTE)?;
+    world.publish("events.user.created", &unreadable)?;
+    world.publish(
+        "events.user.created",
+        &[nobody.as_bytes(), strange.as_bytes(), good.as_bytes()],
+    )?;
+    world.publish("events.user.deleted", &[good.as_bytes()])?;
+    let mut email = world.durable(&["email"])?;
+    email.wait_for("mail to good@example.org", MINUTE)?;
+    // Handled side by side: those before it may be unfinished.
+    for service in ["email", "notification"] {
+        let deadline = Instant::now() + MINUTE;
+        while world.open(service)? != (0, 0) {
+            ensure!(Instant::now() < deadline, "{service} is not done");
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+    let letters = world.dead_letters()?;
+    let reason = |service: &str, payload: &[u8]| {
+        let letter = letters.get(&(service.to_owned(), payload.to_vec()));
+        letter.with_context(|| format!("{service}: {payload:?} in {letters:?}"))
+    };
+    for payload in unreadable {
+        reason("email", payload)?;
+        reason("notification", payload)?;
+    }
+    assert!(
+        reason("email", nobody.as_bytes())?.contains("550"),
+        "{letters:?}"
+    );
+    assert!(
+        reason("email", strange.as_bytes())?.contains("address"),
+        "{letters:?}"
+    );
+    assert!(reason("notification", good.as_bytes())?.contains("events.user.deleted"));
+    assert_eq!(letters.len(), 5 + 5 + 2 + 1);
+    let mails = world.mail.mails();
+    assert_eq!(mails.len(), 1, "{mails:?}");
+    for mut process in [email, notification] {
+        process.terminate()?;
+        process.wait(MINUTE)?.ok()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn without_nats_there_is_one_readable_error() -> Result<()> {
+    compose::harness::broker_absent(Service::Nats, &[env!("CARGO_BIN_EXE_event_bus")])
+}
