@@ -1,7 +1,12 @@
 //! What the headers of the NATS examples show and claim, tried on a real broker.
 
 mod broker_absent;
+mod core;
+mod jetstream;
+mod nats;
 mod publish_subscribe;
+mod requests;
+mod stores;
 
 #[test]
 fn transcripts() {

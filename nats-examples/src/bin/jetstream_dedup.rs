@@ -1,0 +1,181 @@
+//! Exactly-once publishing: a message id, the window in which it is remembered, and its limits
+//!
+//! Publishes each order three times, as a publisher does that gets no ack and tries again. With a message id the server
+//! stores it once, as long as the tries come within the stream's window. Without an id, or after the window, it is
+//! stored again. Where a window is not enough, the publisher says which sequence it expects to be the last.
+//!
+//! ```console
+//! $ cargo lab run jetstream_dedup
+//! DEDUP remembers message ids for 2 s
+//! without an id: acks 1, 2, 3; stored 3 times
+//! with id order-1: acks 4, 4 (duplicate), 4 (duplicate); stored once
+//! with id order-1 after the window: ack 5; stored again
+//! expecting 5 to be the last: ack 6
+//! the same again: refused, wrong last sequence: 6 (code [..])
+//! expecting no event of account-1 yet: ack 7
+//! the same again: refused, wrong last sequence: 7 (code [..])
+//! ```
+//!
+//! Notice: a duplicate is acknowledged as the first try was, with the same sequence and the mark `duplicate`: for the
+//! publisher that is success. The id must come from what is published, and be the same in the next run of a program
+//! that crashed: a random id per try deduplicates nothing. The ids of a window are kept in memory, so a long window of
+//! a busy stream costs. An expected sequence has no window: of two writers that saw the same state, one is refused, and
+//! must look again. Deliveries can still repeat; see jetstream_idempotent_consumer.
+//!
+//! Try: kill the server between two tries and restart it: it reads the ids of the window back from its store.
+//!
+//! Settings: NATS_URL (nats://localhost:4222); WINDOW_S (2); the arguments `send ID N` publish one order N times with
+//! that id. See also: jetstream_stream, jetstream_async_publish.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use async_nats::jetstream::context::PublishErrorKind;
+use async_nats::jetstream::message::PublishMessage;
+use async_nats::jetstream::publish::PublishAck;
+use async_nats::jetstream::stream::Config;
+use async_nats::jetstream::{self, Context};
+use tokio::time::sleep;
+
+const STREAM: &str = "DEDUP";
+const SUBJECT: &str = "dedup.orders";
+const ACCOUNT: &str = "dedup.account-1";
+const TRIES: u32 = 10;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let url = std::env::var("NATS_URL").unwrap_or_else(|_| "nats://localhost:4222".into());
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let client = async_nats::connect(&url).await.with_context(|| {
+        format!("cannot connect to NATS at {url}; `cargo lab up nats` starts a server")
+    })?;
+    let mut jetstream = jetstream::new(client);
+    jetstream.set_timeout(Duration::from_secs(2));
+    // The server's default is two minutes.
+    let window = std::env::var("WINDOW_S").unwrap_or_else(|_| "2".into());
+    let window = Duration::from_secs(window.parse().context("WINDOW_S is a number of seconds")?);
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => show(&jetstream, window).await,
+        ["send", id, times] => {
+            declare(&jetstream, window).await?;
+            for _ in 0..times.parse::<u32>().context("N is a number of times")? {
+                let ack = publish_once(&jetstream, id).await?;
+                println!("{id}: stored as {}{}", ack.sequence, mark(&ack));
+            }
+            Ok(())
+        }
+        _ => bail!("usage: jetstream_dedup [send ID N]"),
+    }
+}
+
+async fn declare(jetstream: &Context, window: Duration) -> anyhow::Result<()> {
+    let config = Config {
+        name: STREAM.into(),
+        subjects: vec!["dedup.*".into()],
+        duplicate_window: window,
+        ..Default::default()
+    };
+    jetstream.create_or_update_stream(config).await?;
+    Ok(())
+}
+
+/// The pattern: the same id with every try, until there is an ack.
+async fn publish_once(jetstream: &Context, id: &str) -> anyhow::Result<PublishAck> {
+    let mut last = None;
+    for number in 0..TRIES {
+        let message = PublishMessage::build()
+            .message_id(id)
+            .payload("order".into());
+        let ack = jetstream.send_publish(SUBJECT, message).await?;
+        match ack.await {
+            Ok(ack) => return Ok(ack),
+            // All tries together must fit into the window.
+            Err(error) if error.kind() == PublishErrorKind::TimedOut => {
+                eprintln!("{id}: no ack, try {} follows", number + 2);
+                last = Some(error);
+            }
+            Err(error) => return Err(error).with_context(|| format!("{id}: refused")),
+        }
+    }
+    let last = last.context("there was no try")?;
+    Err(last).with_context(|| format!("{id}: no ack, it may be stored or not"))
+}
+
+async fn show(jetstream: &Context, window: Duration) -> anyhow::Result<()> {
+    // So that a second run counts from 1 again, and remembers no ids.
+    let _ = jetstream.delete_stream(STREAM).await;
+    declare(jetstream, window).await?;
+    println!("{STREAM} remembers message ids for {} s", window.as_secs());
+
+    let mut acks = Vec::new();
+    for _ in 0..3 {
+        let ack = jetstream.publish(SUBJECT, "order".into()).await?.await?;
+        acks.push(ack.sequence.to_string());
+    }
+    println!("without an id: acks {}; stored 3 times", acks.join(", "));
+
+    let mut acks = Vec::new();
+    for _ in 0..3 {
+        let ack = publish_once(jetstream, "order-1").await?;
+        acks.push(format!("{}{}", ack.sequence, mark(&ack)));
+    }
+    println!("with id order-1: acks {}; stored once", acks.join(", "));
+
+    // Well past the window: the server forgets ids in its own time.
+    sleep(2 * window).await;
+    let ack = publish_once(jetstream, "order-1").await?;
+    println!(
+        "with id order-1 after the window: ack {}{}; stored again",
+        ack.sequence,
+        mark(&ack)
+    );
+
+    let expecting_last = PublishMessage::build().expected_last_sequence(ack.sequence);
+    let ack = jetstream
+        .send_publish(SUBJECT, expecting_last)
+        .await?
+        .await?;
+    println!(
+        "expecting {} to be the last: ack {}",
+        ack.sequence - 1,
+        ack.sequence
+    );
+    let the_same = PublishMessage::build().expected_last_sequence(ack.sequence - 1);
+    refused(jetstream, SUBJECT, the_same).await?;
+
+    // 0: there is none. This is how an event-sourced aggregate is kept consistent, without a lock.
+    let expecting_none = PublishMessage::build().expected_last_subject_sequence(0);
+    let ack = jetstream
+        .send_publish(ACCOUNT, expecting_none)
+        .await?
+        .await?;
+    println!("expecting no event of account-1 yet: ack {}", ack.sequence);
+    let the_same = PublishMessage::build().expected_last_subject_sequence(0);
+    refused(jetstream, ACCOUNT, the_same).await
+}
+
+async fn refused(
+    jetstream: &Context,
+    subject: &'static str,
+    message: PublishMessage,
+) -> anyhow::Result<()> {
+    match jetstream.send_publish(subject, message).await?.await {
+        Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => {
+            let mut reason: &dyn std::error::Error = &error;
+            while let Some(source) = reason.source() {
+                reason = source;
+            }
+            println!("the same again: refused, {reason}");
+            Ok(())
+        }
+        Err(error) => Err(error).context("no ack"),
+        Ok(ack) => bail!(
+            "stored as {}, although the sequence was wrong",
+            ack.sequence
+        ),
+    }
+}
+
+fn mark(ack: &PublishAck) -> &'static str {
+    if ack.duplicate { " (duplicate)" } else { "" }
+}
