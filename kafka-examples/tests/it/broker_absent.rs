@@ -16,10 +16,12 @@ fn without_a_broker_the_error_says_where_and_what_to_do() -> Result<()> {
             env!("CARGO_BIN_EXE_kafka_compression"),
             env!("CARGO_BIN_EXE_kafka_consumer_group"),
             env!("CARGO_BIN_EXE_kafka_dlq_replay"),
+            env!("CARGO_BIN_EXE_kafka_exactly_once"),
             env!("CARGO_BIN_EXE_kafka_headers_schema"),
             env!("CARGO_BIN_EXE_kafka_idempotent_consumer"),
             env!("CARGO_BIN_EXE_kafka_lag_monitor"),
             env!("CARGO_BIN_EXE_kafka_manual_commit"),
+            env!("CARGO_BIN_EXE_kafka_page_views"),
             env!("CARGO_BIN_EXE_kafka_parallel_consumer"),
             env!("CARGO_BIN_EXE_kafka_pitfall_auto_commit"),
             env!("CARGO_BIN_EXE_kafka_pitfall_ordering"),
@@ -29,6 +31,7 @@ fn without_a_broker_the_error_says_where_and_what_to_do() -> Result<()> {
             env!("CARGO_BIN_EXE_kafka_retry_dlq"),
             env!("CARGO_BIN_EXE_kafka_tracing"),
             env!("CARGO_BIN_EXE_kafka_tuned_consumer"),
+            env!("CARGO_BIN_EXE_kafka_window_aggregation"),
         ],
     )
 }

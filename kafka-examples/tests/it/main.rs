@@ -7,6 +7,7 @@ mod broker_absent;
 mod compacted_table;
 mod compression;
 mod consumer_group;
+mod exactly_once;
 mod headers_schema;
 mod idempotent_consumer;
 mod lag_monitor;
@@ -20,6 +21,7 @@ mod replay;
 mod retry_dlq;
 mod tracing;
 mod tuned_consumer;
+mod window_aggregation;
 
 #[test]
 fn transcripts() {

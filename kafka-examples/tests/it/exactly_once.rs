@@ -1,0 +1,312 @@
+//! One invoice per order for whoever reads what is committed, whatever is killed, frozen or malformed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use compose::harness::{Example, Running};
+use compose::{Broker, Service};
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::message::{Headers, OwnedMessage};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+
+const SOON: Duration = Duration::from_secs(60);
+const ORDERS: &str = "exactly-once.orders";
+const INVOICES: &str = "exactly-once.invoices";
+const DEAD_LETTERS: &str = "exactly-once.orders.dlq";
+const USERS: u32 = 7;
+
+/// Slow, so that at nearly every moment a transaction is open, with some of it written.
+fn worker(kafka: &Broker) -> Result<Running> {
+    Example::new(env!("CARGO_BIN_EXE_kafka_exactly_once"))
+        .env("WORK_MS", "2")
+        .env("BATCH", "50")
+        .env("BATCH_MS", "50")
+        .broker(kafka)
+        .spawn()
+}
+
+fn create_topics(kafka: &Broker) -> Result<()> {
+    let sender = Example::new(env!("CARGO_BIN_EXE_kafka_exactly_once"));
+    sender
+        .args(["send"])
+        .broker(kafka)
+        .spawn()?
+        .wait(SOON)?
+        .ok()?;
+    Ok(())
+}
+
+fn order(number: u32) -> String {
+    let user = number % USERS;
+    format!(r#"{{"order_id":"{number}","user_id":"user-{user}","cents":{number}}}"#)
+}
+
+type Bytes<'a> = Option<&'a [u8]>;
+
+async fn produce(kafka: &Broker, records: &[(Bytes<'_>, Bytes<'_>)]) -> Result<()> {
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("enable.idempotence", "true")
+        .set("message.max.bytes", "2000000")
+        .create()?;
+    let mut reports = Vec::new();
+    for (key, payload) in records {
+        let record = FutureRecord::<[u8], [u8]> {
+            key: *key,
+            payload: *payload,
+            ..FutureRecord::to(ORDERS)
+        };
+        reports.push(producer.send_result(record).map_err(|(error, _)| error)?);
+    }
+    for report in reports {
+        report.await?.map_err(|(error, _)| error)?;
+    }
+    Ok(())
+}
+
+async fn produce_orders(kafka: &Broker, numbers: std::ops::Range<u32>) -> Result<()> {
+    let orders: Vec<(String, String)> = numbers
+        .map(|number| (format!("user-{}", number % USERS), order(number)))
+        .collect();
+    let records: Vec<(Bytes<'_>, Bytes<'_>)> = orders
+        .iter()
+        .map(|(key, payload)| (Some(key.as_bytes()), Some(payload.as_bytes())))
+        .collect();
+    produce(kafka, &records).await
+}
+
+fn judge(kafka: &Broker, isolation: &str) -> Result<BaseConsumer> {
+    Ok(ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("group.id", "exactly-once")
+        .set("enable.auto.commit", "false")
+        .set("enable.partition.eof", "true")
+        .set("isolation.level", isolation)
+        .create()?)
+}
+
+/// All that a reader with this isolation sees, in the order of each partition.
+fn read(kafka: &Broker, topic: &str, isolation: &str) -> Result<Vec<OwnedMessage>> {
+    let reader = judge(kafka, isolation)?;
+    let metadata = reader.fetch_metadata(Some(topic), SOON)?;
+    let partitions = metadata.topics()[0].partitions().len();
+    let mut all = TopicPartitionList::new();
+    for partition in 0..i32::try_from(partitions)? {
+        all.add_partition_offset(topic, partition, Offset::Beginning)?;
+    }
+    reader.assign(&all)?;
+    let (mut records, mut ends) = (Vec::new(), BTreeSet::new());
+    let deadline = Instant::now() + SOON;
+    while ends.len() < partitions {
+        ensure!(Instant::now() < deadline, "cannot read {topic} to its end");
+        match reader.poll(Duration::from_secs(1)) {
+            Some(Ok(record)) => records.push(record.detach()),
+            Some(Err(KafkaError::PartitionEOF(partition))) => {
+                ends.insert(partition);
+            }
+            Some(Err(error)) => return Err(error.into()),
+            None => {}
+        }
+    }
+    Ok(records)
+}
+
+/// Waits until the group has committed the end of all orders.
+fn wait_until_done(kafka: &Broker, worker: &mut Running) -> Result<()> {
+    let judge = judge(kafka, "read_uncommitted")?;
+    let deadline = Instant::now() + 3 * SOON;
+    let left = || -> Result<i64> {
+        let mut left = 0;
+        for partition in 0..2 {
+            let mut at = TopicPartitionList::new();
+            at.add_partition(ORDERS, partition);
+            let position = match judge.committed_offsets(at, SOON)?.elements()[0].offset() {
+                Offset::Offset(position) => position,
+                _ => 0,
+            };
+            left += judge.fetch_watermarks(ORDERS, partition, SOON)?.1 - position;
+        }
+        Ok(left)
+    };
+    loop {
+        // An error is what a broker that has just started answers.
+        let left = left();
+        if matches!(left, Ok(0)) {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline && worker.try_wait()?.is_none(),
+            "orders are left: {left:?}, {:?}",
+            worker.lines()
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Each of the orders once, in order per key, and no transaction is left open.
+fn check(kafka: &Broker, orders: std::ops::Range<u32>) -> Result<()> {
+    let invoices = read(kafka, INVOICES, "read_committed")?;
+    let mut per_key: BTreeMap<Vec<u8>, Vec<u32>> = BTreeMap::new();
+    let mut places: BTreeMap<Vec<u8>, BTreeSet<i32>> = BTreeMap::new();
+    for invoice in &invoices {
+        let payload = std::str::from_utf8(invoice.payload().context("no payload")?)?;
+        let number: u32 = payload
+            .strip_prefix(r#"{"order_id":""#)
+            .and_then(|rest| rest.split_once('"'))
+            .context("no order_id")?
+            .0
+            .parse()?;
+        assert_eq!(payload, order(number));
+        let key = invoice.key().context("no key")?.to_vec();
+        per_key.entry(key.clone()).or_default().push(number);
+        places.entry(key).or_default().insert(invoice.partition());
+    }
+    for (key, numbers) in &per_key {
+        let key = String::from_utf8_lossy(key);
+        let expected: Vec<u32> = orders
+            .clone()
+            .filter(|number| key == format!("user-{}", number % USERS))
+            .collect();
+        assert_eq!(*numbers, expected, "{key}: lost, doubled, or out of order");
+    }
+    assert_eq!(per_key.len(), usize::try_from(USERS)?);
+    assert!(places.values().all(|places| places.len() == 1));
+    for partition in 0..2 {
+        let end = |isolation: &str| -> Result<i64> {
+            Ok(judge(kafka, isolation)?
+                .fetch_watermarks(INVOICES, partition, SOON)?
+                .1)
+        };
+        assert_eq!(end("read_committed")?, end("read_uncommitted")?, "open");
+    }
+    Ok(())
+}
+
+/// Waits until a transaction is open and some of it is written.
+fn wait_until_open(kafka: &Broker) -> Result<()> {
+    let (all, stable) = (
+        judge(kafka, "read_uncommitted")?,
+        judge(kafka, "read_committed")?,
+    );
+    let deadline = Instant::now() + SOON;
+    loop {
+        for partition in 0..2 {
+            // In this order: what is committed meanwhile looks less open, and not more.
+            let (_, end) = all.fetch_watermarks(INVOICES, partition, SOON)?;
+            if stable.fetch_watermarks(INVOICES, partition, SOON)?.1 < end {
+                return Ok(());
+            }
+        }
+        ensure!(Instant::now() < deadline, "no transaction is ever open");
+    }
+}
+
+#[tokio::test]
+async fn each_order_once_over_kills_and_a_restart_of_the_broker() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    create_topics(&kafka)?;
+    produce_orders(&kafka, 0..2500).await?;
+    for round in 0..5 {
+        let mut worker = worker(&kafka)?;
+        worker.wait_for("committed: ", SOON)?;
+        if round % 2 == 0 {
+            wait_until_open(&kafka)?;
+        } else {
+            // At any moment.
+            std::thread::sleep(Duration::from_millis(fastrand::u64(0..200)));
+        }
+        worker.kill()?;
+        worker.wait(SOON)?;
+    }
+    let mut worker = worker(&kafka)?;
+    worker.wait_for("committed: ", SOON)?;
+    kafka.kill(1)?;
+    kafka.restart(1)?;
+    produce_orders(&kafka, 2500..3000).await?;
+    wait_until_done(&kafka, &mut worker)?;
+    worker.interrupt()?;
+    worker.wait(SOON)?.ok()?;
+
+    check(&kafka, 0..3000)?;
+    // Whoever does not ask for `read_committed` sees what the killed ones had written: the kills hit transactions.
+    let all = read(&kafka, INVOICES, "read_uncommitted")?.len();
+    assert!(all > 3000, "the kills proved nothing: {all}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_zombie_is_fenced_off_and_says_so() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    create_topics(&kafka)?;
+    produce_orders(&kafka, 0..1500).await?;
+    let mut zombie = worker(&kafka)?;
+    zombie.wait_for("committed: ", SOON)?;
+    // In the midst of its next batch.
+    std::thread::sleep(Duration::from_millis(50));
+    zombie.pause()?;
+    let mut successor = worker(&kafka)?;
+    successor.wait_for("committed: ", SOON)?;
+    let before = zombie.lines();
+    zombie.resume()?;
+    let ended = zombie.wait(SOON)?;
+    assert_eq!(ended.code(), 1);
+    assert!(
+        ended.stderr.contains("Error: fenced off: "),
+        "{}",
+        ended.stderr
+    );
+    let committed = |lines: &[String]| {
+        let committed = |line: &&String| line.starts_with("committed: ");
+        lines.iter().filter(committed).count()
+    };
+    // A line may still have been in the pipe when it was frozen.
+    assert!(committed(&zombie.lines()) <= committed(&before) + 1);
+    wait_until_done(&kafka, &mut successor)?;
+    successor.interrupt()?;
+    successor.wait(SOON)?.ok()?;
+    check(&kafka, 0..1500)
+}
+
+#[tokio::test]
+async fn what_is_no_order_is_dead_lettered_once_and_holds_up_nothing() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    create_topics(&kafka)?;
+    produce_orders(&kafka, 0..20).await?;
+    // The largest that a broker takes by default: 1,048,588 bytes with all that surrounds it.
+    let huge = vec![b'x'; 1_048_400];
+    let bad: [(Bytes<'_>, Bytes<'_>); 5] = [
+        (None, None),
+        (Some(b""), Some(b"")),
+        (Some(b"\xff\xfe"), Some(b"\xc3\x28")),
+        (None, Some(b"{}")),
+        (Some(b"k"), Some(&huge)),
+    ];
+    produce(&kafka, &bad).await?;
+    produce_orders(&kafka, 20..40).await?;
+    let mut worker = worker(&kafka)?;
+    wait_until_done(&kafka, &mut worker)?;
+    worker.interrupt()?;
+    worker.wait(SOON)?.ok()?;
+    check(&kafka, 0..40)?;
+    let buried = read(&kafka, DEAD_LETTERS, "read_committed")?;
+    assert_eq!(buried.len(), bad.len());
+    for (key, payload) in bad {
+        let found = buried
+            .iter()
+            .find(|record| record.key() == key && record.payload() == payload);
+        let headers = found.context("missing, or changed")?.headers();
+        let names: Vec<&str> = headers
+            .into_iter()
+            .flat_map(Headers::iter)
+            .map(|one| one.key)
+            .collect();
+        assert_eq!(names, ["reason", "topic", "partition", "offset"]);
+    }
+    let lines = worker.lines();
+    let aborts = lines.iter().filter(|line| line.starts_with("aborted, "));
+    assert_eq!(aborts.count(), bad.len(), "{lines:?}");
+    Ok(())
+}
