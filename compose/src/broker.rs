@@ -151,7 +151,7 @@ impl Broker {
             run: Command::new(program),
             address: String::new(),
             web: None,
-            health: None,
+            health: Vec::new(),
         };
         let mut broker = Broker::prepare(
             Service::Kafka,
@@ -261,13 +261,27 @@ impl Broker {
             .collect()
     }
 
-    /// What to set in the environment of an example so that it finds this broker.
+    /// What to set in the environment of an example so that it finds this broker. Pulsar's second node is in
+    /// `PULSAR_ADDRESS_B` and `PULSAR_ADMIN_URL_B`, a third in `…_C`.
     pub fn env(&self) -> Vec<(String, String)> {
         let mut variables = vec![(self.service.variable().to_owned(), self.address())];
         if let (Some(name), Some(web)) =
             (self.service.web_variable(), self.web().into_iter().next())
         {
             variables.push((name.to_owned(), web));
+        }
+        // A client of Pulsar takes one address, and each node is a cluster of its own.
+        if self.service == Service::Pulsar {
+            for (node, letter) in self.setup.nodes.iter().skip(1).zip('B'..='Z') {
+                let name = format!("{}_{letter}", self.service.variable());
+                variables.push((
+                    name,
+                    self.service.address(std::slice::from_ref(&node.address)),
+                ));
+                if let (Some(name), Some(web)) = (self.service.web_variable(), &node.web) {
+                    variables.push((format!("{name}_{letter}"), web.clone()));
+                }
+            }
         }
         variables
     }
@@ -468,7 +482,7 @@ impl Broker {
         loop {
             let patience = Duration::from_secs(5);
             let ready = probe::probe(service, &node.address, patience) == probe::Found::Ready
-                && node.health.as_ref().is_none_or(|page| {
+                && node.health.iter().all(|page| {
                     probe::http_get(page, patience).is_some_and(|(status, _)| status == 200)
                 });
             if ready {

@@ -57,7 +57,7 @@ pub(crate) fn node(service: Service) -> Node {
         run: compose(&["up", "--no-log-prefix", service.name()]),
         address: format!("127.0.0.1:{}", service.default_port()),
         web,
-        health,
+        health: health.into_iter().collect(),
     }
 }
 

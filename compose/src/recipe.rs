@@ -66,8 +66,8 @@ pub struct Node {
     pub address: String,
     /// The web console or the admin interface.
     pub web: Option<String>,
-    /// A page that answers 200 as soon as clients can be served.
-    pub health: Option<String>,
+    /// Pages that answer 200 as soon as clients can be served.
+    pub health: Vec<String>,
 }
 
 /// A whole service: its nodes, and what they need beside them.
@@ -101,7 +101,7 @@ pub fn setup(
     ports: Ports,
 ) -> Result<Setup> {
     if nodes > 1 && !service.can_cluster() {
-        bail!("{service} runs on one node here; clusters: kafka, rabbitmq, nats");
+        bail!("{service} runs on one node here; several nodes: kafka, rabbitmq, nats, pulsar");
     }
     let program = fetch(service, home)?;
     let mut claims = Vec::new();
@@ -271,7 +271,7 @@ fn kafka(java: &Path, jars: &Path, folder: &Path, ports: &[NodePorts]) -> Result
             run,
             address: format!("127.0.0.1:{}", ports.client),
             web: None,
-            health: None,
+            health: Vec::new(),
         });
     }
     Ok(Setup::of(nodes))
@@ -300,15 +300,31 @@ fn cluster_id(folder: &Path) -> Result<String> {
 }
 
 fn pulsar(java: &Path, jars: &Path, folder: &Path, ports: &[NodePorts]) -> Result<Setup> {
-    let [ports] = ports else {
-        bail!("pulsar standalone is one node")
-    };
-    let node_folder = node_folder(folder, 1)?;
+    let nodes = ports
+        .iter()
+        .zip(1..)
+        .map(|(ports, number)| pulsar_standalone(java, jars, folder, ports, number));
+    Ok(Setup::of(nodes.collect::<Result<_>>()?))
+}
+
+/// A cluster of one node, with metadata of its own.
+fn pulsar_standalone(
+    java: &Path,
+    jars: &Path,
+    folder: &Path,
+    ports: &NodePorts,
+    number: u16,
+) -> Result<Node> {
+    let node_folder = node_folder(folder, number)?;
     let conf = node_folder.join("standalone.conf");
+    let cluster = match number {
+        1 => "standalone".to_owned(),
+        _ => format!("standalone-{number}"),
+    };
     let values = [
         ("port", ports.client.to_string()),
         ("web_port", ports.web.to_string()),
-        ("cluster", "standalone".to_owned()),
+        ("cluster", cluster),
     ];
     write(
         &conf,
@@ -333,14 +349,18 @@ fn pulsar(java: &Path, jars: &Path, folder: &Path, ports: &[NodePorts]) -> Resul
         "127.0.0.1",
     ]);
     let web = format!("http://127.0.0.1:{}", ports.web);
-    Ok(Setup::of(vec![Node {
-        number: 1,
+    Ok(Node {
+        number,
         prepare: None,
         run,
         address: format!("127.0.0.1:{}", ports.client),
-        health: Some(format!("{web}/admin/v2/brokers/health")),
+        // The broker is there before the namespace is that all examples use.
+        health: vec![
+            format!("{web}/admin/v2/brokers/health"),
+            format!("{web}/admin/v2/persistent/public/default"),
+        ],
         web: Some(web),
-    }]))
+    })
 }
 
 fn opensearch(java: &Path, jars: &Path, folder: &Path, ports: &[NodePorts]) -> Result<Setup> {
@@ -365,9 +385,9 @@ fn opensearch(java: &Path, jars: &Path, folder: &Path, ports: &[NodePorts]) -> R
         number: 1,
         prepare: None,
         run,
-        health: Some(format!(
+        health: vec![format!(
             "http://{address}/_cluster/health?wait_for_status=yellow&timeout=1s"
-        )),
+        )],
         web: None,
         address,
     }]))
@@ -406,7 +426,7 @@ fn nats(server: &Path, folder: &Path, ports: &[NodePorts]) -> Result<Setup> {
             prepare: None,
             run,
             address: format!("127.0.0.1:{}", node.client),
-            health: Some(format!("{web}/healthz")),
+            health: vec![format!("{web}/healthz")],
             web: Some(web),
         });
     }
@@ -492,7 +512,7 @@ fn rabbit(
             prepare: None,
             run,
             address: format!("127.0.0.1:{}", node.client),
-            health: Some(format!("{web}/api/overview")),
+            health: vec![format!("{web}/api/overview")],
             web: Some(web),
         });
     }

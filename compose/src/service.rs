@@ -99,9 +99,10 @@ impl Service {
         }
     }
 
-    /// Whether more than one node can be started.
+    /// Whether more than one node can be started. The nodes of Pulsar are not one cluster: each is a cluster of its own,
+    /// for replication from one to the next.
     pub fn can_cluster(self) -> bool {
-        matches!(self, Service::Kafka | Service::RabbitMq | Service::Nats)
+        self != Service::OpenSearch
     }
 }
 

@@ -641,7 +641,7 @@ pub fn transcripts_with(
 /// # Errors
 /// A service is not known, or does not start.
 pub fn private_brokers(example: &ExampleInfo) -> Result<Vec<Broker>> {
-    let broker = |name: &String| Broker::private(name.parse::<Service>()?);
+    let broker = |name: &String| Broker::private_cluster(name.parse::<Service>()?, example.nodes);
     example.services.iter().map(broker).collect()
 }
 
@@ -800,6 +800,7 @@ mod tests {
             title: "Title".to_owned(),
             source: PathBuf::from(format!("/workspace/src/bin/{name}.rs")),
             services: Vec::new(),
+            nodes: 1,
             features: Vec::new(),
             header: header.to_owned(),
             header_line: 3,

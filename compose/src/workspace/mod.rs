@@ -8,6 +8,7 @@
 //!
 //! [package.metadata.lab.bin.order_pipeline]
 //! services = ["kafka", "opensearch"]      # what this one needs instead
+//! nodes = 2                               # and of each so many, instead of one
 //! ```
 //!
 //! Its header, the `//!` lines at the top of the file, is its description; the first line is the title.
@@ -57,6 +58,8 @@ pub struct ExampleInfo {
     pub source: PathBuf,
     /// The services it needs, by the names that `cargo lab up` takes.
     pub services: Vec<String>,
+    /// How many nodes it needs of each.
+    pub nodes: u16,
     /// The `required-features` of the binary.
     pub features: Vec<String>,
     /// The `//!` lines at the top of the file, without the `//!`.
@@ -96,6 +99,7 @@ struct Lab {
 #[derive(Debug, Deserialize)]
 struct LabBin {
     services: Option<Vec<String>>,
+    nodes: Option<u16>,
 }
 
 impl Workspace {
@@ -223,16 +227,15 @@ impl ExampleInfo {
             .with_context(|| format!("cannot read {}", source.display()))?;
         let (header_line, header) = header(&text);
         let title = header.lines().next().unwrap_or_default().trim();
-        let own = lab
-            .bin
-            .get(&target.name)
-            .and_then(|bin| bin.services.as_ref());
+        let own = lab.bin.get(&target.name);
+        let services = own.and_then(|bin| bin.services.as_ref());
         Ok(ExampleInfo {
             name: target.name.clone(),
             package: package.name.to_string(),
             title: title.strip_suffix('.').unwrap_or(title).to_owned(),
             source,
-            services: own.unwrap_or(&lab.services).clone(),
+            services: services.unwrap_or(&lab.services).clone(),
+            nodes: own.and_then(|bin| bin.nodes).unwrap_or(1),
             features: target.required_features.clone(),
             header,
             header_line,
@@ -426,14 +429,14 @@ mod tests {
                 (
                     example.name.as_str(),
                     example.title.as_str(),
-                    example.services.join("+"),
+                    format!("{} {}", example.nodes, example.services.join("+")),
                 )
             })
             .collect();
         let expected = [
-            ("nats_a", "First", "nats"),
-            ("nats_b", "Second | last", "nats"),
-            ("pipeline", "All of it", "kafka+opensearch"),
+            ("nats_a", "First", "1 nats"),
+            ("nats_b", "Second | last", "1 nats"),
+            ("pipeline", "All of it", "2 kafka+opensearch"),
         ];
         assert_eq!(
             examples,

@@ -121,10 +121,34 @@ fn nats_nodes_form_a_cluster() {
 }
 
 #[test]
+fn two_nodes_of_pulsar_are_two_clusters() {
+    let broker = Broker::private_cluster(Service::Pulsar, 2).unwrap();
+    let env = broker.env();
+    let value = |name: &str| {
+        env.iter()
+            .find(|(key, _)| key == name)
+            .map(|(_, value)| value.clone())
+            .unwrap()
+    };
+    assert_ne!(value("PULSAR_ADDRESS"), value("PULSAR_ADDRESS_B"));
+    for (admin, cluster) in [
+        ("PULSAR_ADMIN_URL", "standalone"),
+        ("PULSAR_ADMIN_URL_B", "standalone-2"),
+    ] {
+        let page = format!("{}/admin/v2/clusters", value(admin));
+        let (status, body) = probe::http_get(&page, PATIENCE).unwrap();
+        assert_eq!(
+            (status, body.trim()),
+            (200, format!("[\"{cluster}\"]").as_str())
+        );
+    }
+}
+
+#[test]
 fn a_service_of_one_node_says_so() {
-    let error = Broker::private_cluster(Service::Pulsar, 3).unwrap_err();
+    let error = Broker::private_cluster(Service::OpenSearch, 3).unwrap_err();
     assert!(
-        format!("{error:#}").contains("pulsar runs on one node"),
+        format!("{error:#}").contains("opensearch runs on one node"),
         "{error:#}"
     );
 }

@@ -61,7 +61,7 @@ enum Lab {
         /// Return as soon as they serve; `cargo lab down` stops them
         #[arg(long, short)]
         detach: bool,
-        /// A cluster of so many nodes (kafka, rabbitmq, nats)
+        /// A cluster of so many nodes (kafka, rabbitmq, nats); of pulsar, so many clusters
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=5))]
         nodes: u16,
         /// Begin with empty storage

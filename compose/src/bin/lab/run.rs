@@ -32,7 +32,7 @@ pub fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode> {
     let mut mocked = false;
     for service in &example.services {
         let service: Service = service.parse()?;
-        match owner.start(service, 1, false)? {
+        match owner.start(service, example.nodes, false)? {
             None => {}
             Some(Found::Variable(_)) => {}
             Some(Found::Lab(entry)) => {
