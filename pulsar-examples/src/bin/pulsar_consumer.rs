@@ -32,7 +32,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::Context;
-use futures::TryStreamExt;
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use pulsar::consumer::{InitialPosition, Message};
 use pulsar::{
     Consumer, ConsumerOptions, DeserializeMessage, Payload, Pulsar, SubType, TokioExecutor,
@@ -64,12 +64,17 @@ async fn main() -> anyhow::Result<()> {
     let address =
         std::env::var("PULSAR_ADDRESS").unwrap_or_else(|_| "pulsar://localhost:6650".into());
     let pulsar = connect(&address).await?;
+    let options = ConsumerOptions::default()
+        .with_initial_position(InitialPosition::Earliest)
+        .with_receiver_queue_size(20);
     let mut consumer: Consumer<Order, _> = pulsar
         .consumer()
         .with_topic(TOPIC)
         .with_subscription(SUBSCRIPTION)
         .with_subscription_type(SubType::Failover)
-        .with_options(ConsumerOptions::default().with_initial_position(InitialPosition::Earliest))
+        // How many the client asks for at a time. Kept below its queue, or acks wait behind messages.
+        .with_batch_size(10)
+        .with_options(options)
         .build()
         .await?;
     println!("subscribed as {SUBSCRIPTION}; Ctrl-C to stop");
@@ -88,6 +93,8 @@ async fn main() -> anyhow::Result<()> {
         processed += u32::from(handle(&mut consumer, &message).await?);
     }
 
+    // With a full queue, the close would wait for ever for the client itself. What was fetched ahead is given back.
+    while consumer.next().now_or_never().flatten().is_some() {}
     // An ack is only queued by `ack`. The answer to the close comes after the acks before it.
     timeout(PATIENCE, consumer.close())
         .await

@@ -1,7 +1,16 @@
 //! What the headers of the Pulsar examples show and claim, tried on a real broker.
 
+mod backlog_monitor;
 mod broker_absent;
+mod idempotent_consumer;
+mod operations;
 mod producer_consumer;
+mod reading;
+mod reconnect;
+mod redelivery;
+mod subscriptions;
+mod support;
+mod writing;
 
 #[test]
 fn transcripts() {

@@ -62,7 +62,7 @@ async fn backlog(client: &Pulsar<TokioExecutor>, last: &str) -> Result<Vec<Strin
     Ok(rest)
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn each_receipt_names_the_place_of_its_order() -> Result<()> {
     let pulsar = Broker::private(Service::Pulsar)?;
     let client = client(&pulsar).await?;
@@ -91,7 +91,7 @@ async fn each_receipt_names_the_place_of_its_order() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn after_sigkill_what_was_not_acknowledged_comes_again() -> Result<()> {
     let pulsar = Broker::private(Service::Pulsar)?;
     let client = client(&pulsar).await?;
@@ -132,7 +132,7 @@ async fn after_sigkill_what_was_not_acknowledged_comes_again() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn ctrl_c_finishes_the_order_in_hand_and_its_ack_arrives() -> Result<()> {
     let pulsar = Broker::private(Service::Pulsar)?;
     let client = client(&pulsar).await?;
@@ -154,7 +154,7 @@ async fn ctrl_c_finishes_the_order_in_hand_and_its_ack_arrives() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_is_no_order_is_reported_and_kept() -> Result<()> {
     let pulsar = Broker::private(Service::Pulsar)?;
     let client = client(&pulsar).await?;
@@ -175,7 +175,7 @@ async fn a_message_that_is_no_order_is_reported_and_kept() -> Result<()> {
 }
 
 /// The client tries to come back, for about a minute. Which of the two it is depends on the moment of the restart.
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn after_a_broker_crash_the_consumer_goes_on_or_ends_with_an_error() -> Result<()> {
     let pulsar = Broker::private(Service::Pulsar)?;
     let mut running = consumer(&pulsar)?;
@@ -194,5 +194,24 @@ async fn after_a_broker_crash_the_consumer_goes_on_or_ends_with_an_error() -> Re
             ended.stderr
         );
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_a_long_backlog_the_end_is_orderly_too() -> Result<()> {
+    let pulsar = Broker::private(Service::Pulsar)?;
+    let client = client(&pulsar).await?;
+    consumer(&pulsar)?.kill()?;
+    let orders = orders(500);
+    send(&client, &orders).await?;
+    let mut running = consumer(&pulsar)?;
+    for _ in 0..3 {
+        running.wait_for("acknowledged", SOON)?;
+    }
+    running.interrupt()?;
+    let ended = running.wait(SOON)?.ok()?;
+    let done = ended.stdout.matches("acknowledged").count();
+    assert!(done < 400, "no queue was full");
+    assert_eq!(backlog(&client, "end").await?, orders[done..]);
     Ok(())
 }

@@ -1,0 +1,148 @@
+//! Key_Shared: many consumers, and still the orders of each user in their order
+//!
+//! The broker gives all messages of one key to the same consumer, as long as it is there; several keys share one. At
+//! least once, in order per key: when a consumer goes, its keys move to the others, from the first message that it had
+//! not acknowledged.
+//!
+//! ```console
+//! 1$ cargo lab run pulsar_key_shared anna
+//! anna: subscribed; Ctrl-C to stop
+//! 2$ cargo lab run pulsar_key_shared ben
+//! ben: subscribed; Ctrl-C to stop
+//! 3$ cargo lab run pulsar_key_shared send 40
+//! stored: 40 orders of 8 users
+//! 1:
+//! anna: user-[..] order-[..]
+//! ...
+//! 2:
+//! ben: user-[..] order-[..]
+//! ...
+//! 1^C
+//! ...
+//! anna: closed, orders done: [..]
+//! 2^C
+//! ...
+//! ben: closed, orders done: [..]
+//! ```
+//!
+//! Notice: the messages must not be batched. This client batches whatever comes together, of all keys, the broker sees
+//! one entry without a key, and the order per key is gone without an error. A message without a key goes anywhere. One
+//! that is acknowledged out of turn is passed: the broker keeps the order of deliveries, not that of your tasks.
+//!
+//! Try: kill -9 one of them in the middle of `send 400`, and look at a single user's orders.
+//!
+//! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_shared, pulsar_partitioned_topic.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use futures::{FutureExt, StreamExt, TryStreamExt};
+use pulsar::consumer::InitialPosition;
+use pulsar::{Consumer, ConsumerOptions, ProducerOptions, Pulsar, SubType, TokioExecutor};
+use tokio::time::{sleep, timeout};
+
+const TOPIC: &str = "persistent://public/default/key-shared-orders";
+const SUBSCRIPTION: &str = "key-shared-worker";
+const USERS: u32 = 8;
+const PATIENCE: Duration = Duration::from_secs(5);
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let address =
+        std::env::var("PULSAR_ADDRESS").unwrap_or_else(|_| "pulsar://localhost:6650".into());
+    let pulsar = connect(&address).await?;
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["send", count] => send(&pulsar, count.parse().context("N is the number of orders")?).await,
+        [] => consume(&pulsar, "consumer").await,
+        [name] => consume(&pulsar, name).await,
+        _ => bail!("usage: pulsar_key_shared [NAME] | send N"),
+    }
+}
+
+async fn send(pulsar: &Pulsar<TokioExecutor>, count: u32) -> anyhow::Result<()> {
+    // No batches, see above. Without `block_queue_if_full`, a send fails as soon as a hundred are under way.
+    let options = ProducerOptions {
+        block_queue_if_full: true,
+        ..ProducerOptions::default()
+    };
+    let mut producer = pulsar
+        .producer()
+        .with_topic(TOPIC)
+        .with_options(options)
+        .build()
+        .await?;
+    let mut receipts = Vec::new();
+    for number in 1..=count {
+        let order = producer
+            .create_message()
+            .with_key(format!("user-{}", number % USERS))
+            .with_content(format!("order-{number}"));
+        receipts.push(order.send_non_blocking().await?);
+    }
+    for receipt in receipts {
+        timeout(PATIENCE, receipt)
+            .await
+            .context("no receipt; send again")??;
+    }
+    producer.close().await?;
+    println!("stored: {count} orders of {USERS} users");
+    Ok(())
+}
+
+async fn consume(pulsar: &Pulsar<TokioExecutor>, name: &str) -> anyhow::Result<()> {
+    let options = ConsumerOptions::default()
+        .with_initial_position(InitialPosition::Earliest)
+        .with_receiver_queue_size(20);
+    let mut consumer: Consumer<Vec<u8>, _> = pulsar
+        .consumer()
+        .with_topic(TOPIC)
+        .with_subscription(SUBSCRIPTION)
+        .with_subscription_type(SubType::KeyShared)
+        .with_consumer_name(name)
+        // How many the client asks for at a time. Kept below its queue, or acks wait behind messages.
+        .with_batch_size(10)
+        .with_options(options)
+        .build()
+        .await?;
+    println!("{name}: subscribed; Ctrl-C to stop");
+
+    let mut done = 0;
+    let mut stop = pin!(tokio::signal::ctrl_c());
+    loop {
+        let message = tokio::select! {
+            signal = &mut stop => break signal?,
+            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+        };
+        sleep(Duration::from_millis(20)).await; // the work
+        consumer.ack(&message).await?;
+        let user = message.key().unwrap_or_else(|| "nobody".into());
+        println!(
+            "{name}: {user} {}",
+            String::from_utf8_lossy(&message.deserialize())
+        );
+        done += 1;
+    }
+    close(consumer).await?;
+    println!("{name}: closed, orders done: {done}");
+    Ok(())
+}
+
+/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
+    while consumer.next().now_or_never().flatten().is_some() {}
+    timeout(PATIENCE, consumer.close())
+        .await
+        .context("the last acks may not have arrived: no answer to the close")??;
+    Ok(())
+}
+
+/// Left alone, the client retries for more than a minute, in silence.
+async fn connect(address: &str) -> anyhow::Result<Pulsar<TokioExecutor>> {
+    let client = Pulsar::builder(address, TokioExecutor).build();
+    let connected = timeout(PATIENCE, client).await;
+    Ok(connected.with_context(|| {
+        format!("no Pulsar broker answers at {address}; `cargo lab up pulsar` starts one")
+    })??)
+}

@@ -1,0 +1,193 @@
+//! Partitioned topic: keys choose the partition, and several consumers share the partitions
+//!
+//! A partitioned topic is several topics under one name. A producer sends all messages of a key to the same partition,
+//! where they stay in order; each partition has one active consumer at a time (Failover). At least once, in order per
+//! key, as long as the number of partitions stays the same.
+//!
+//! ```console
+//! 1$ cargo lab run pulsar_partitioned_topic anna
+//! anna: subscribed to 3 partitions; Ctrl-C to stop
+//! 2$ cargo lab run pulsar_partitioned_topic send 6
+//! stored: 6 orders of 6 users
+//! 1:
+//! anna: partition [..]: user-[..] order-[..]
+//! anna: partition [..]: user-[..] order-[..]
+//! anna: partition [..]: user-[..] order-[..]
+//! anna: partition [..]: user-[..] order-[..]
+//! anna: partition [..]: user-[..] order-[..]
+//! anna: partition [..]: user-[..] order-[..]
+//! 1^C
+//! anna: closed, orders done: 6
+//! ```
+//!
+//! Notice: by its defaults this client ignores the keys of messages, and deals them out in turn: a routing policy has
+//! to be set. Its own hashes in another way than the Java client's default, so that two programs would send one key to
+//! two partitions; the policy here chooses as Java does. And a consumer of this client stays with the partitions that
+//! were there when it began: when partitions are added, start the consumers anew, before the producers.
+//!
+//! Try: a second consumer, `ben`: each has some of the partitions. Kill -9 one of them.
+//!
+//! Settings: PULSAR_ADDRESS (pulsar://localhost:6650), PULSAR_ADMIN_URL (http://localhost:8080). See also:
+//! pulsar_key_shared, which has order per key without partitions; pulsar_failover.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use futures::{FutureExt, StreamExt, TryStreamExt};
+use pulsar::consumer::InitialPosition;
+use pulsar::producer::Message;
+use pulsar::routing_policy::{CustomRoutingPolicy, RoutingPolicy};
+use pulsar::{Consumer, ConsumerOptions, ProducerOptions, Pulsar, SubType, TokioExecutor};
+use reqwest::StatusCode;
+use tokio::time::{sleep, timeout};
+
+const TOPIC: &str = "public/default/partitioned-orders";
+const PARTITIONS: u32 = 3;
+const SUBSCRIPTION: &str = "partitioned-worker";
+const PATIENCE: Duration = Duration::from_secs(5);
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let address =
+        std::env::var("PULSAR_ADDRESS").unwrap_or_else(|_| "pulsar://localhost:6650".into());
+    let pulsar = connect(&address).await?;
+    let admin =
+        std::env::var("PULSAR_ADMIN_URL").unwrap_or_else(|_| "http://localhost:8080".into());
+    create_topic(&admin).await?;
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["send", count] => send(&pulsar, count.parse().context("N is the number of orders")?).await,
+        [] => consume(&pulsar, "consumer").await,
+        [name] => consume(&pulsar, name).await,
+        _ => bail!("usage: pulsar_partitioned_topic [NAME] | send N"),
+    }
+}
+
+/// A topic that a producer brings about has no partitions.
+async fn create_topic(admin: &str) -> anyhow::Result<()> {
+    let url = format!("{admin}/admin/v2/persistent/{TOPIC}/partitions");
+    let request = reqwest::Client::new().put(&url).json(&PARTITIONS);
+    let answer = request
+        .send()
+        .await
+        .with_context(|| format!("cannot ask {url}"))?;
+    match answer.status() {
+        status if status.is_success() => Ok(()),
+        StatusCode::CONFLICT => Ok(()), // from an earlier run
+        status => bail!("cannot create {TOPIC}: {status}: {}", answer.text().await?),
+    }
+}
+
+/// As the Java client's default: the hash of Java's strings. Messages without a key are dealt out in turn.
+#[derive(Default)]
+struct LikeJava {
+    next: AtomicUsize,
+}
+
+impl CustomRoutingPolicy for LikeJava {
+    fn route(&self, message: &Message, partitions: usize) -> usize {
+        let Some(key) = &message.partition_key else {
+            return self.next.fetch_add(1, Ordering::Relaxed) % partitions;
+        };
+        let add = |hash: i32, unit: u16| hash.wrapping_mul(31).wrapping_add(unit.into());
+        let hash = key.encode_utf16().fold(0, add) & i32::MAX;
+        hash.unsigned_abs() as usize % partitions
+    }
+}
+
+async fn send(pulsar: &Pulsar<TokioExecutor>, count: u32) -> anyhow::Result<()> {
+    let options = ProducerOptions {
+        routing_policy: Some(RoutingPolicy::Custom(Arc::new(LikeJava::default()))),
+        block_queue_if_full: true,
+        ..ProducerOptions::default()
+    };
+    let topic = format!("persistent://{TOPIC}");
+    let mut producer = pulsar
+        .producer()
+        .with_topic(topic)
+        .with_options(options)
+        .build()
+        .await?;
+    let mut receipts = Vec::new();
+    for number in 1..=count {
+        let order = producer
+            .create_message()
+            .with_key(format!("user-{}", number % 6))
+            .with_content(format!("order-{number}"));
+        receipts.push(order.send_non_blocking().await?);
+    }
+    for receipt in receipts {
+        timeout(PATIENCE, receipt)
+            .await
+            .context("no receipt; send again")??;
+    }
+    producer.close().await?;
+    println!("stored: {count} orders of {} users", count.min(6));
+    Ok(())
+}
+
+async fn consume(pulsar: &Pulsar<TokioExecutor>, name: &str) -> anyhow::Result<()> {
+    let options = ConsumerOptions::default()
+        .with_initial_position(InitialPosition::Earliest)
+        .with_receiver_queue_size(20);
+    let mut consumer: Consumer<Vec<u8>, _> = pulsar
+        .consumer()
+        .with_topic(format!("persistent://{TOPIC}"))
+        .with_subscription(SUBSCRIPTION)
+        .with_subscription_type(SubType::Failover)
+        .with_consumer_name(name)
+        // How many the client asks for at a time. Kept below its queue, or acks wait behind messages.
+        .with_batch_size(10)
+        // A partition whose connection is lost is taken up again after this time.
+        .with_topic_refresh(Duration::from_secs(1))
+        .with_options(options)
+        .build()
+        .await?;
+    println!(
+        "{name}: subscribed to {} partitions; Ctrl-C to stop",
+        consumer.topics().len()
+    );
+
+    let mut done = 0;
+    let mut stop = pin!(tokio::signal::ctrl_c());
+    loop {
+        let message = tokio::select! {
+            signal = &mut stop => break signal?,
+            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+        };
+        sleep(Duration::from_millis(20)).await; // the work
+        consumer.ack(&message).await?;
+        let partition = message.topic.rsplit('-').next().unwrap_or_default();
+        let user = message.key().unwrap_or_else(|| "nobody".into());
+        let order = message.deserialize();
+        println!(
+            "{name}: partition {partition}: {user} {}",
+            String::from_utf8_lossy(&order)
+        );
+        done += 1;
+    }
+    close(consumer).await?;
+    println!("{name}: closed, orders done: {done}");
+    Ok(())
+}
+
+/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
+    while consumer.next().now_or_never().flatten().is_some() {}
+    timeout(PATIENCE, consumer.close())
+        .await
+        .context("the last acks may not have arrived: no answer to the close")??;
+    Ok(())
+}
+
+/// Left alone, the client retries for more than a minute, in silence.
+async fn connect(address: &str) -> anyhow::Result<Pulsar<TokioExecutor>> {
+    let client = Pulsar::builder(address, TokioExecutor).build();
+    let connected = timeout(PATIENCE, client).await;
+    Ok(connected.with_context(|| {
+        format!("no Pulsar broker answers at {address}; `cargo lab up pulsar` starts one")
+    })??)
+}

@@ -1,0 +1,146 @@
+//! Shared: a work queue, each order to one of the consumers, whoever has room
+//!
+//! The broker deals the messages out to all consumers of the subscription, in turn, and takes each ack for itself. At
+//! least once, in no order: what a consumer has not acknowledged when it goes is dealt out again to the others.
+//!
+//! ```console
+//! 1$ cargo lab run pulsar_shared anna
+//! anna: subscribed; Ctrl-C to stop
+//! 2$ cargo lab run pulsar_shared ben
+//! ben: subscribed; Ctrl-C to stop
+//! 3$ cargo lab run pulsar_shared send 20
+//! stored: 20 orders
+//! 1:
+//! anna: order-[..]
+//! ...
+//! 2:
+//! ben: order-[..]
+//! ...
+//! 1^C
+//! ...
+//! anna: closed, orders done: [..]
+//! 2^C
+//! ...
+//! ben: closed, orders done: [..]
+//! ```
+//!
+//! Notice: this client asks for messages as they arrive, not as they are worked on, until its queue is full: with the
+//! default of 1000, the first consumer has a whole backlog in its memory, and one that joins later gets nothing. A
+//! full queue has a price of its own: acks wait behind messages, and `close` waits for ever. So the queue is small, the
+//! number asked for at a time still smaller, and the queue is emptied before the close.
+//!
+//! Try: kill -9 one of them in the middle of `send 200`: the other gets its orders, those that it had fetched, too.
+//!
+//! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_key_shared, which keeps the order per key;
+//! pulsar_negative_ack, pulsar_dead_letter.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use futures::{FutureExt, StreamExt, TryStreamExt};
+use pulsar::consumer::InitialPosition;
+use pulsar::{Consumer, ConsumerOptions, ProducerOptions, Pulsar, SubType, TokioExecutor};
+use tokio::time::{sleep, timeout};
+
+const TOPIC: &str = "persistent://public/default/shared-orders";
+const SUBSCRIPTION: &str = "shared-worker";
+const PATIENCE: Duration = Duration::from_secs(5);
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let address =
+        std::env::var("PULSAR_ADDRESS").unwrap_or_else(|_| "pulsar://localhost:6650".into());
+    let pulsar = connect(&address).await?;
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["send", count] => send(&pulsar, count.parse().context("N is the number of orders")?).await,
+        [] => consume(&pulsar, "consumer").await,
+        [name] => consume(&pulsar, name).await,
+        _ => bail!("usage: pulsar_shared [NAME] | send N"),
+    }
+}
+
+async fn send(pulsar: &Pulsar<TokioExecutor>, count: u32) -> anyhow::Result<()> {
+    // Without it, a send fails as soon as a hundred are under way.
+    let options = ProducerOptions {
+        block_queue_if_full: true,
+        ..ProducerOptions::default()
+    };
+    let mut producer = pulsar
+        .producer()
+        .with_topic(TOPIC)
+        .with_options(options)
+        .build()
+        .await?;
+    let mut receipts = Vec::new();
+    for number in 1..=count {
+        receipts.push(
+            producer
+                .send_non_blocking(format!("order-{number}"))
+                .await?,
+        );
+    }
+    for receipt in receipts {
+        timeout(PATIENCE, receipt)
+            .await
+            .context("no receipt; send again")??;
+    }
+    producer.close().await?;
+    println!("stored: {count} orders");
+    Ok(())
+}
+
+async fn consume(pulsar: &Pulsar<TokioExecutor>, name: &str) -> anyhow::Result<()> {
+    let options = ConsumerOptions::default()
+        .with_initial_position(InitialPosition::Earliest)
+        .with_receiver_queue_size(4);
+    let mut consumer: Consumer<Vec<u8>, _> = pulsar
+        .consumer()
+        .with_topic(TOPIC)
+        .with_subscription(SUBSCRIPTION)
+        .with_subscription_type(SubType::Shared)
+        .with_consumer_name(name)
+        .with_batch_size(1)
+        .with_options(options)
+        .build()
+        .await?;
+    println!("{name}: subscribed; Ctrl-C to stop");
+
+    let mut done = 0;
+    let mut stop = pin!(tokio::signal::ctrl_c());
+    loop {
+        let message = tokio::select! {
+            signal = &mut stop => break signal?,
+            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+        };
+        sleep(Duration::from_millis(20)).await; // the work
+        consumer.ack(&message).await?;
+        println!(
+            "{name}: {}",
+            String::from_utf8_lossy(&message.deserialize())
+        );
+        done += 1;
+    }
+    close(consumer).await?;
+    println!("{name}: closed, orders done: {done}");
+    Ok(())
+}
+
+/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
+    while consumer.next().now_or_never().flatten().is_some() {}
+    timeout(PATIENCE, consumer.close())
+        .await
+        .context("the last acks may not have arrived: no answer to the close")??;
+    Ok(())
+}
+
+/// Left alone, the client retries for more than a minute, in silence.
+async fn connect(address: &str) -> anyhow::Result<Pulsar<TokioExecutor>> {
+    let client = Pulsar::builder(address, TokioExecutor).build();
+    let connected = timeout(PATIENCE, client).await;
+    Ok(connected.with_context(|| {
+        format!("no Pulsar broker answers at {address}; `cargo lab up pulsar` starts one")
+    })??)
+}

@@ -1,0 +1,70 @@
+//! Kills, restarts and a freeze of the broker: nothing that was acknowledged is lost.
+
+use std::collections::BTreeSet;
+
+use anyhow::Result;
+use compose::{Broker, Service};
+
+use crate::support::{SOON, client, consumer, next, numbers, start, topic};
+
+const RECONNECT: &str = env!("CARGO_BIN_EXE_pulsar_reconnect");
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_acknowledged_tick_is_lost_over_two_kills_and_a_freeze() -> Result<()> {
+    let broker = Broker::private(Service::Pulsar)?;
+    let ticks = topic("reconnect-ticks");
+    {
+        // The judge's own subscription, which holds all ticks from the first on.
+        consumer(&client(&broker).await?, &ticks, "judge")
+            .await?
+            .close()
+            .await?;
+    }
+    let mut program = start(RECONNECT, &broker, &[])?;
+    for _ in 0..5 {
+        program.wait_for("received: tick", SOON)?;
+    }
+    for round in 0..3 {
+        if round < 2 {
+            broker.kill(1)?;
+            program.wait_for("consumer: made anew", SOON)?;
+            broker.restart(1)?;
+        } else {
+            broker.pause(1)?;
+            program.wait_for("consumer: made anew", SOON)?;
+            program.wait_for("producer: made anew", SOON)?;
+            broker.resume(1)?;
+        }
+        program.wait_for("consumer: back", SOON)?;
+        // Whatever comes now was sent, or sent again, after the fault.
+        for _ in 0..30 {
+            program.wait_for("received: tick", SOON)?;
+        }
+    }
+    program.interrupt()?;
+    let ended = program.wait(SOON)?.ok()?;
+    let last = ended.stdout.lines().last().unwrap_or_default().to_owned();
+    assert!(
+        last.contains(" indeterminate 0 /") && last.ends_with(" lost 0 / unexpected 0"),
+        "{last}"
+    );
+
+    let lines: Vec<String> = ended.stdout.lines().map(str::to_owned).collect();
+    let acked: BTreeSet<u32> = numbers(&lines, "stored: tick ").into_iter().collect();
+    assert!(acked.len() >= 100, "{last}");
+    assert_eq!(
+        acked.last().copied(),
+        u32::try_from(acked.len()).ok().map(|all| all - 1),
+        "no gap"
+    );
+    let client = client(&broker).await?;
+    let mut judge = consumer(&client, &ticks, "judge").await?;
+    let mut missing = acked;
+    while !missing.is_empty() {
+        let message = next(&mut judge).await?;
+        let text = String::from_utf8(message.deserialize())?;
+        missing.remove(&text.rsplit(' ').next().unwrap_or_default().parse()?);
+        judge.ack(&message).await?;
+    }
+    Ok(())
+}
