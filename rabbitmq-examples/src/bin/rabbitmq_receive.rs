@@ -67,6 +67,8 @@ async fn main() -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let delivery = tokio::select! {
+            // In this order, so that Ctrl-C is also heard of during the first task.
+            biased;
             signal = &mut stop => break signal?,
             // An error is a lost connection. The end of the stream is a consumer cancelled by the broker.
             // A loop of `while let Some(Ok(..))` would take both for a normal end.

@@ -1,0 +1,226 @@
+//! Quorum queue: replicated, safe through a broker's SIGKILL, and with a limit for poison messages
+//!
+//! A quorum queue keeps its messages on several nodes, and confirms when a majority has written them. It counts how
+//! often a message was given back, and after the delivery limit it moves it to the dead letters: at least once from
+//! end to end, without a message that comes back for ever.
+//!
+//! ```console
+//! 1$ cargo lab run rabbitmq_quorum_queue
+//! waiting for jobs; Ctrl-C to stop
+//! 2$ cargo lab run rabbitmq_quorum_queue send job-1 poison
+//! sent and confirmed: job-1, poison
+//! 1:
+//! job-1: done
+//! poison: failed; given back
+//! poison: failed, failures before: 1; given back
+//! poison: failed, failures before: 2; given back
+//! poison: failed, failures before: 3; given back
+//! 2$ cargo lab run rabbitmq_quorum_queue send job-2
+//! sent and confirmed: job-2
+//! 1:
+//! job-2: done
+//! 1^C
+//! stopped; jobs done: 2, failures: 4
+//! 2$ cargo lab run rabbitmq_quorum_queue dead
+//! poison: delivery_limit, from quorum-queue.jobs
+//! dead letters: 1
+//! ```
+//!
+//! Notice: a limit without a dead-letter exchange drops the message when it is reached. `at-least-once` dead-lettering
+//! waits until the dead letter is confirmed, which takes `reject-publish` as overflow. A worker that crashes counts as a
+//! failed delivery of all that it held: with a high prefetch, three crashes move everything to the dead letters.
+//! Killing a process does not prove that a power failure is survived; quorum queues call fsync before they confirm.
+//! The exception is a queue that was just declared: a single node of 3.10 that is killed within half a second has not
+//! written down yet that it has the queue, and comes back without it and its messages.
+//!
+//! 3.10 has no delivery limit unless one is set; from 4.0 on it is 20, and -1 turns it off. From 4.3 on only `reject` and
+//! lost consumers count as failures; `nack` gives a message back without counting. This program uses `reject`, which
+//! counts everywhere. Mirrored classic queues, the old way to replicate, are gone in 4.x.
+//!
+//! Try: `cargo lab kill rabbitmq` and `cargo lab restart rabbitmq` between send and receive; `cargo lab up rabbitmq
+//! --nodes 3`, and kill any one of the three.
+//!
+//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the arguments are `send JOB ...`,
+//! `dead`, or nothing to work. A job is said to fail if its name contains "poison". See also: rabbitmq_dead_letter,
+//! rabbitmq_pitfall_missing_ack.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use futures::StreamExt;
+use futures::future::join_all;
+use lapin::message::Delivery;
+use lapin::options::{
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions,
+    BasicQosOptions, BasicRejectOptions, ConfirmSelectOptions, QueueDeclareOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
+use tokio::time::timeout;
+
+const JOBS: &str = "quorum-queue.jobs";
+const DEAD: &str = "quorum-queue.dead";
+const DELIVERY_LIMIT: i32 = 3;
+const PERSISTENT: u8 = 2;
+const PATIENCE: Duration = Duration::from_secs(5);
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let addr = std::env::var("AMQP_ADDR").unwrap_or_else(|_| "amqp://localhost:5672/%2f".into());
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let connection = connect(&addr).await?;
+    let channel = connection.create_channel().await?;
+    declare_queues(&channel).await?;
+    match args.split_first() {
+        None => work(&addr, &channel).await?,
+        Some((send_it, jobs)) if send_it == "send" && !jobs.is_empty() => {
+            send(&channel, jobs).await?
+        }
+        Some((dead, [])) if dead == "dead" => show_dead(&channel).await?,
+        Some(_) => bail!("usage: rabbitmq_quorum_queue [send JOB ...|dead]"),
+    }
+    connection.close(200, "OK".into()).await?;
+    Ok(())
+}
+
+async fn connect(addr: &str) -> anyhow::Result<Connection> {
+    let properties =
+        ConnectionProperties::default().with_connection_name("rabbitmq_quorum_queue".into());
+    let connected = timeout(PATIENCE, Connection::connect(addr, properties)).await;
+    connected
+        .map_err(anyhow::Error::from)
+        .and_then(|result| Ok(result?))
+        .with_context(|| {
+            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+        })
+}
+
+async fn declare_queues(channel: &Channel) -> lapin::Result<()> {
+    let mut jobs = FieldTable::default();
+    let limit = AMQPValue::LongInt(DELIVERY_LIMIT);
+    jobs.insert("x-delivery-limit".into(), limit);
+    let mut set = |key: &str, value: &str| {
+        jobs.insert(key.into(), AMQPValue::LongString(value.into()));
+    };
+    set("x-queue-type", "quorum");
+    set("x-dead-letter-exchange", "");
+    set("x-dead-letter-routing-key", DEAD);
+    set("x-dead-letter-strategy", "at-least-once");
+    set("x-overflow", "reject-publish");
+    let durable = QueueDeclareOptions::durable(); // quorum queues are never anything else
+    // A classic queue: from 4.0 a quorum queue would count each look at the dead as a failure, and drop them after 20.
+    channel
+        .queue_declare(DEAD.into(), durable, FieldTable::default())
+        .await?;
+    channel.queue_declare(JOBS.into(), durable, jobs).await?;
+    Ok(())
+}
+
+async fn send(channel: &Channel, jobs: &[String]) -> anyhow::Result<()> {
+    channel
+        .confirm_select(ConfirmSelectOptions::default())
+        .await?;
+    let confirms = join_all(jobs.iter().map(|job| publish(channel, job)));
+    let confirms = timeout(PATIENCE * 2, confirms).await;
+    for confirm in confirms.context("no confirms in time; has the queue lost its majority?")? {
+        confirm?;
+    }
+    println!("sent and confirmed: {}", jobs.join(", "));
+    Ok(())
+}
+
+async fn publish(channel: &Channel, job: &str) -> anyhow::Result<()> {
+    let options = BasicPublishOptions {
+        mandatory: true,
+        ..BasicPublishOptions::default()
+    };
+    let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
+    let confirm = channel
+        .basic_publish("".into(), JOBS.into(), options, job.as_bytes(), properties)
+        .await?;
+    let doubt = || format!("{job} may or may not be in the queue");
+    match confirm.await.with_context(doubt)? {
+        Confirmation::Ack(None) => Ok(()),
+        Confirmation::Ack(Some(returned)) => bail!("{job} came back: {}", returned.reply_text),
+        Confirmation::Nack(_) => bail!("the broker refused {job}"),
+        Confirmation::NotRequested => bail!("confirms are not enabled on this channel"),
+    }
+}
+
+async fn work(addr: &str, channel: &Channel) -> anyhow::Result<()> {
+    channel.basic_qos(1, BasicQosOptions::default()).await?;
+    let options = BasicConsumeOptions::default();
+    let mut deliveries = channel
+        .basic_consume(JOBS.into(), "".into(), options, FieldTable::default())
+        .await?;
+    println!("waiting for jobs; Ctrl-C to stop");
+    let (mut done, mut failures) = (0, 0);
+    let mut stop = pin!(tokio::signal::ctrl_c());
+    loop {
+        let delivery = tokio::select! {
+            // In this order, so that Ctrl-C is also heard of during the first one.
+            biased;
+            signal = &mut stop => break signal?,
+            delivery = deliveries.next() => delivery
+                .context("the broker cancelled the consumer; was the queue deleted?")?
+                .with_context(|| format!("lost the connection to {addr}"))?,
+        };
+        let job = String::from_utf8_lossy(&delivery.data);
+        let settled = if job.contains("poison") {
+            let before = match failures_before(&delivery) {
+                0 => String::new(),
+                count => format!(", failures before: {count}"),
+            };
+            println!("{job}: failed{before}; given back");
+            failures += 1;
+            delivery
+                .reject(BasicRejectOptions { requeue: true })
+                .await?
+        } else {
+            println!("{job}: done");
+            done += 1;
+            delivery.ack(BasicAckOptions::default()).await?
+        };
+        ensure!(settled, "lost the connection; {job} is delivered again");
+    }
+    channel
+        .basic_cancel(deliveries.tag(), BasicCancelOptions::default())
+        .await?;
+    println!("stopped; jobs done: {done}, failures: {failures}");
+    Ok(())
+}
+
+/// Only a quorum queue sets it, and only from the second delivery on.
+fn failures_before(delivery: &Delivery) -> i64 {
+    let headers = delivery.properties.headers().as_ref();
+    match headers.and_then(|headers| headers.inner().get("x-delivery-count")) {
+        Some(AMQPValue::LongLongInt(count)) => *count,
+        Some(AMQPValue::LongInt(count)) => i64::from(*count),
+        Some(AMQPValue::ShortInt(count)) => i64::from(*count),
+        Some(AMQPValue::ShortShortInt(count)) => i64::from(*count),
+        Some(AMQPValue::ShortShortUInt(count)) => i64::from(*count),
+        _ => 0,
+    }
+}
+
+/// Looks at all, and leaves them where they are: the close gives them back.
+async fn show_dead(channel: &Channel) -> anyhow::Result<()> {
+    let mut count = 0;
+    let options = BasicGetOptions::default();
+    while let Some(letter) = channel.basic_get(DEAD.into(), options).await? {
+        count += 1;
+        let headers = letter.properties.headers().as_ref();
+        let text = |key: &str| match headers.and_then(|headers| headers.inner().get(key)) {
+            Some(AMQPValue::LongString(text)) => {
+                String::from_utf8_lossy(text.as_bytes()).into_owned()
+            }
+            _ => "unknown".to_owned(),
+        };
+        let job = String::from_utf8_lossy(&letter.data);
+        let (reason, queue) = (text("x-first-death-reason"), text("x-first-death-queue"));
+        println!("{job}: {reason}, from {queue}");
+    }
+    println!("dead letters: {count}");
+    Ok(())
+}

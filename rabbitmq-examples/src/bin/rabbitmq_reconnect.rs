@@ -1,0 +1,384 @@
+//! Reconnect: the broker dies and comes back, and nothing that was confirmed is lost
+//!
+//! Publishes and consumes until Ctrl-C, while the broker may be killed and restarted at will. What is not confirmed is
+//! published again; what is not acknowledged is delivered again. At least once: repeats are possible, losses are not.
+//! At the end it waits until all is delivered, and counts.
+//!
+//! ```console
+//! 1$ cargo lab run rabbitmq_reconnect
+//! publishing and consuming; Ctrl-C to stop
+//! confirmed: 1000
+//! ...
+//! 2$ cargo lab kill rabbitmq
+//! 1:
+//! ...
+//! publisher: connection lost, [..] unconfirmed; waiting for lapin to recover it
+//! ...
+//! 2$ cargo lab restart rabbitmq
+//! 1:
+//! ...
+//! publisher: recovered, publishing what was unconfirmed again
+//! ...
+//! confirmed: [..]
+//! ...
+//! 1^C
+//! ...
+//! attempted [..], acked [..], indeterminate [..], delivered [..], duplicate [..], lost 0, unexpected 0
+//! ```
+//!
+//! Notice: `enable_auto_recover` makes lapin connect again, reopen the channels, declare what they had declared, switch
+//! confirms on and consume again. It cannot know what is to become of the messages on their way: each unconfirmed
+//! publish and each ack on its way fails, but only once the connection is back, so waiting for them takes a limit. When
+//! the back-off is exhausted it gives up, and what waits is never told. So around it stands a loop that starts from
+//! scratch, which is also all that is needed without it: then the stream of deliveries ends with one error.
+//!
+//! An indeterminate message is one whose first attempt got no answer: it may be there once or twice. A consumer sees
+//! repeats of those, and of what it had not acknowledged when the connection went.
+//!
+//! Try: kill and restart the broker several times; pause it for half a minute.
+//!
+//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the argument `publish` or `consume`
+//! does one half of it. The same on 3.10 and 4.x; for a node that does not come back take a quorum queue. See also:
+//! rabbitmq_quorum_queue, rabbitmq_publisher_confirms, rabbitmq_idempotent_consumer.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use futures::StreamExt;
+use futures::future::join_all;
+use lapin::options::{
+    BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
+    ConfirmSelectOptions, QueueDeclareOptions, QueuePurgeOptions,
+};
+use lapin::types::FieldTable;
+use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+const QUEUE: &str = "reconnect";
+const BATCH: u64 = 100;
+const PERSISTENT: u8 = 2;
+const PATIENCE: Duration = Duration::from_secs(5);
+/// As long as lapin has to bring the connection back before the program builds a new one.
+const RECOVERY: Duration = Duration::from_secs(30);
+/// As long as the broker may be away at the end.
+const DRAIN: Duration = Duration::from_secs(60);
+
+#[derive(Default)]
+struct Ledger {
+    attempted: u64,
+    acked: BTreeSet<u64>,
+    /// Attempted at least once without an answer.
+    indeterminate: BTreeSet<u64>,
+    /// How often each was delivered.
+    delivered: BTreeMap<u64, u64>,
+    unexpected: u64,
+}
+
+#[derive(Clone, Default)]
+struct Books(Arc<Mutex<Ledger>>);
+
+impl Books {
+    fn lock(&self) -> MutexGuard<'_, Ledger> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let addr = std::env::var("AMQP_ADDR").unwrap_or_else(|_| "amqp://localhost:5672/%2f".into());
+    let (publishes, consumes) = match std::env::args().nth(1).as_deref() {
+        None => (true, true),
+        Some("publish") => (true, false),
+        Some("consume") => (false, true),
+        Some(_) => bail!("usage: rabbitmq_reconnect [publish|consume]"),
+    };
+    // The first time, an error is more useful than patience. It may have the wrong address.
+    let connecting = Connection::connect(&addr, ConnectionProperties::default());
+    let connected = timeout(PATIENCE, connecting).await;
+    let connection = connected
+        .map_err(anyhow::Error::from)
+        .and_then(|result| Ok(result?))
+        .with_context(|| {
+            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+        })?;
+    let channel = open(&connection).await?;
+    if publishes {
+        // What an earlier run has left is not in this run's books.
+        let purge = QueuePurgeOptions::default();
+        channel.queue_purge(QUEUE.into(), purge).await?;
+    }
+    connection.close(200, "OK".into()).await?;
+
+    let (stop, drained) = (CancellationToken::new(), CancellationToken::new());
+    let books = Books::default();
+    let publisher = tokio::spawn(publisher(
+        addr.clone(),
+        books.clone(),
+        stop.clone(),
+        publishes,
+    ));
+    let consumer = tokio::spawn(consumer(
+        addr.clone(),
+        books.clone(),
+        drained.clone(),
+        consumes,
+    ));
+    println!(
+        "{}; Ctrl-C to stop",
+        match (publishes, consumes) {
+            (true, true) => "publishing and consuming",
+            (true, false) => "publishing",
+            _ => "consuming",
+        }
+    );
+    tokio::signal::ctrl_c().await?;
+    stop.cancel();
+    timeout(DRAIN, publisher)
+        .await
+        .context("the broker does not come back; what is unconfirmed was not published")??;
+    let all_there = || {
+        let books = books.lock();
+        books
+            .acked
+            .iter()
+            .all(|id| books.delivered.contains_key(id))
+    };
+    let complete = async {
+        while publishes && consumes && !all_there() {
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let _ = timeout(DRAIN, complete).await;
+    drained.cancel();
+    consumer.await?;
+    let lost = report(&books.lock(), consumes);
+    ensure!(
+        lost == 0 || !(publishes && consumes),
+        "{lost} messages are lost"
+    );
+    Ok(())
+}
+
+async fn connect(addr: &str) -> anyhow::Result<Connection> {
+    let properties = ConnectionProperties::default()
+        .with_connection_name("rabbitmq_reconnect".into())
+        .enable_auto_recover()
+        // The default waits up to a minute between two attempts.
+        .configure_backoff(|backoff| {
+            let backoff = backoff.with_min_delay(Duration::from_millis(100));
+            backoff
+                .with_max_delay(Duration::from_secs(1))
+                .with_max_times(30)
+        });
+    // It tries for half a minute, the first time as well.
+    Ok(timeout(RECOVERY + PATIENCE, Connection::connect(addr, properties)).await??)
+}
+
+/// A channel, with the queue declared and confirms on. Recovery does the same again.
+async fn open(connection: &Connection) -> lapin::Result<Channel> {
+    let channel = connection.create_channel().await?;
+    let durable = QueueDeclareOptions::durable();
+    channel
+        .queue_declare(QUEUE.into(), durable, FieldTable::default())
+        .await?;
+    channel
+        .confirm_select(ConfirmSelectOptions::default())
+        .await?;
+    Ok(channel)
+}
+
+/// The loop around lapin's recovery: it starts from scratch for as long as there is something to do.
+async fn publisher(addr: String, books: Books, stop: CancellationToken, wanted: bool) {
+    let mut unconfirmed = BTreeSet::new();
+    while wanted && !(stop.is_cancelled() && unconfirmed.is_empty()) {
+        match publish(&addr, &books, &stop, &mut unconfirmed).await {
+            Ok(()) => break,
+            Err(error) => eprintln!("publisher: starting anew: {error:#}"),
+        }
+        sleep(Duration::from_millis(500)).await;
+    }
+}
+
+async fn publish(
+    addr: &str,
+    books: &Books,
+    stop: &CancellationToken,
+    unconfirmed: &mut BTreeSet<u64>,
+) -> anyhow::Result<()> {
+    let connection = connect(addr).await?;
+    let channel = timeout(PATIENCE, open(&connection)).await??;
+    loop {
+        if unconfirmed.is_empty() {
+            if stop.is_cancelled() {
+                break;
+            }
+            let mut books = books.lock();
+            let first = books.attempted + 1;
+            books.attempted += BATCH;
+            unconfirmed.extend(first..first + BATCH);
+        }
+        let batch: Vec<u64> = unconfirmed.iter().copied().collect();
+        // The batch on its way at once, and then each of its confirms.
+        let answers = join_all(batch.iter().map(|id| send(&channel, *id)));
+        let Some(answers) = await_answers(answers, &channel, batch.len()).await else {
+            books.lock().indeterminate.extend(&batch);
+            bail!("no answers; is the broker away for long, or short of memory or disk?");
+        };
+        let mut failure = None;
+        for (id, answer) in batch.into_iter().zip(answers) {
+            let mut books = books.lock();
+            match answer {
+                Ok(Confirmation::Ack(None)) => {
+                    unconfirmed.remove(&id);
+                    books.acked.insert(id);
+                    if books.acked.len().is_multiple_of(1000) {
+                        println!("confirmed: {}", books.acked.len());
+                    }
+                }
+                // Refused, or unroutable: certainly not in the queue, and published again.
+                Ok(_) => {}
+                Err(error) => {
+                    books.indeterminate.insert(id);
+                    failure = Some(error);
+                }
+            }
+        }
+        if let Some(error) = failure {
+            // Err if there is nothing to wait for.
+            timeout(RECOVERY, channel.wait_for_recovery(error))
+                .await
+                .context("lapin does not recover it in time")??;
+            println!("publisher: recovered, publishing what was unconfirmed again");
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+    // All is confirmed; a broker that is gone by now changes nothing.
+    let _ = timeout(PATIENCE, connection.close(200, "OK".into())).await;
+    Ok(())
+}
+
+/// What lapin has no answer for, it keeps until the connection is back, and for ever if that never is: hence the limits.
+async fn await_answers<A>(
+    answers: impl Future<Output = A>,
+    channel: &Channel,
+    count: usize,
+) -> Option<A> {
+    let mut answers = pin!(answers);
+    let lost = async {
+        while channel.status().connected() {
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::select! {
+        answers = timeout(RECOVERY, &mut answers) => return answers.ok(),
+        () = lost => {}
+    }
+    println!("publisher: connection lost, {count} unconfirmed; waiting for lapin to recover it");
+    timeout(RECOVERY, answers).await.ok()
+}
+
+async fn send(channel: &Channel, id: u64) -> lapin::Result<Confirmation> {
+    let options = BasicPublishOptions {
+        mandatory: true,
+        ..BasicPublishOptions::default()
+    };
+    let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
+    let body = id.to_string();
+    channel
+        .basic_publish(
+            "".into(),
+            QUEUE.into(),
+            options,
+            body.as_bytes(),
+            properties,
+        )
+        .await?
+        .await
+}
+
+async fn consumer(addr: String, books: Books, drained: CancellationToken, wanted: bool) {
+    while wanted && !drained.is_cancelled() {
+        match consume(&addr, &books, &drained).await {
+            Ok(()) => break,
+            Err(error) => eprintln!("consumer: starting anew: {error:#}"),
+        }
+        sleep(Duration::from_millis(500)).await;
+    }
+}
+
+async fn consume(addr: &str, books: &Books, drained: &CancellationToken) -> anyhow::Result<()> {
+    let connection = connect(addr).await?;
+    let channel = timeout(PATIENCE, open(&connection)).await??;
+    channel.basic_qos(100, BasicQosOptions::default()).await?;
+    let options = BasicConsumeOptions::default();
+    let mut deliveries = channel
+        .basic_consume(QUEUE.into(), "".into(), options, FieldTable::default())
+        .await?;
+    loop {
+        let delivery = tokio::select! {
+            () = drained.cancelled() => break,
+            // While lapin recovers the connection, this waits; then it goes on.
+            delivery = deliveries.next() => delivery.context("the broker cancelled the consumer")?,
+        };
+        let delivery = match delivery {
+            Ok(delivery) => delivery,
+            Err(error) => {
+                timeout(RECOVERY, channel.wait_for_recovery(error))
+                    .await
+                    .context("lapin does not recover the connection in time")??;
+                continue;
+            }
+        };
+        let id = std::str::from_utf8(&delivery.data)
+            .ok()
+            .and_then(|id| id.parse().ok());
+        {
+            let mut books = books.lock();
+            match id {
+                Some(id) => *books.delivered.entry(id).or_default() += 1,
+                None => books.unexpected += 1,
+            }
+        }
+        // False, or an error: the connection went during the work, and the message comes again.
+        match delivery.ack(BasicAckOptions::default()).await {
+            Ok(true) => {}
+            Ok(false) | Err(_) => {
+                println!("consumer: connection lost during the work; it is delivered again")
+            }
+        }
+    }
+    let _ = timeout(PATIENCE, connection.close(200, "OK".into())).await;
+    Ok(())
+}
+
+/// Prints the books; how many of the confirmed messages were not delivered.
+fn report(books: &Ledger, consumed: bool) -> usize {
+    let delivered: u64 = books.delivered.values().sum();
+    let duplicate = delivered - books.delivered.len() as u64;
+    let lost = match consumed {
+        true => books
+            .acked
+            .iter()
+            .filter(|id| !books.delivered.contains_key(id))
+            .count(),
+        false => 0,
+    };
+    let strangers = books
+        .delivered
+        .keys()
+        .filter(|id| **id == 0 || **id > books.attempted)
+        .count() as u64;
+    // Who only consumes does not know what was attempted.
+    let unexpected = books.unexpected + if books.attempted > 0 { strangers } else { 0 };
+    println!(
+        "attempted {}, acked {}, indeterminate {}, delivered {delivered}, duplicate {duplicate}, lost {lost}, unexpected {unexpected}",
+        books.attempted,
+        books.acked.len(),
+        books.indeterminate.len(),
+    );
+    lost
+}

@@ -1,0 +1,228 @@
+//! Stream queue: a log that is read again and again, from any offset or time
+//!
+//! Reading from a stream takes nothing away: each reader has its own place, and says where to start. At least once for
+//! a reader that remembers its offset: the broker does not, over AMQP. The oldest are dropped when it gets too large.
+//!
+//! ```console
+//! $ cargo lab run rabbitmq_stream send created paid
+//! stored: created, paid
+//! 1$ cargo lab run rabbitmq_stream first
+//! reading from first; Ctrl-C to stop
+//! offset 0: created
+//! offset 1: paid
+//! 2$ cargo lab run rabbitmq_stream next
+//! reading from next; Ctrl-C to stop
+//! 3$ cargo lab run rabbitmq_stream send shipped
+//! stored: shipped
+//! 1:
+//! offset 2: shipped
+//! 2:
+//! offset 2: shipped
+//! 1^C
+//! stopped; go on from 3
+//! 2^C
+//! stopped; go on from 3
+//! 1$ cargo lab run rabbitmq_stream 1
+//! reading from 1; Ctrl-C to stop
+//! offset 1: paid
+//! offset 2: shipped
+//! 1^C
+//! stopped; go on from 3
+//! ```
+//!
+//! Notice: the start is `x-stream-offset`, an argument of the consumer. `last` is the last chunk, not the last message:
+//! it may bring some that were stored together with it. A time, too, finds a chunk, and what is older in it comes along;
+//! an offset is exact. A prefetch limit is obligatory, and an ack only asks for more: it removes nothing, and there is
+//! no redelivery. A confirm of a stream does not wait for the disk on its node. Where you are belongs beside what you
+//! have made of it, in one transaction.
+//!
+//! Try: `rabbitmq_stream last`; a time in seconds such as `@1750000000`, or `@0` for the beginning.
+//!
+//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the argument is first, last, next, an
+//! offset, @SECONDS, or `send EVENT ...`. The same on 3.10 and 4.x; the clients of the stream protocol are faster and
+//! can leave their offset with the broker. See also: rabbitmq_emit_log, kafka_replay.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use futures::StreamExt;
+use futures::future::join_all;
+use lapin::message::Delivery;
+use lapin::options::{
+    BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
+    ConfirmSelectOptions, QueueDeclareOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
+use tokio::time::timeout;
+
+const STREAM: &str = "stream.events";
+const LARGEST: i64 = 100_000_000;
+/// What is dropped is a whole segment, so a segment must be much smaller than the stream.
+const SEGMENT: i32 = 10_000_000;
+const PERSISTENT: u8 = 2;
+const PATIENCE: Duration = Duration::from_secs(5);
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let addr = std::env::var("AMQP_ADDR").unwrap_or_else(|_| "amqp://localhost:5672/%2f".into());
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let start = match args[..] {
+        [] => Some(("first", offset("first")?)),
+        ["send", _, ..] => None,
+        [start] => Some((start, offset(start)?)),
+        _ => bail!("usage: rabbitmq_stream [first|last|next|OFFSET|@SECONDS|send EVENT ...]"),
+    };
+    let connection = connect(&addr).await?;
+    let channel = connection.create_channel().await?;
+    declare(&channel).await?;
+    match start {
+        None => send(&channel, &args[1..]).await?,
+        Some((name, start)) => read(&addr, &channel, name, start).await?,
+    }
+    connection.close(200, "OK".into()).await?;
+    Ok(())
+}
+
+async fn connect(addr: &str) -> anyhow::Result<Connection> {
+    let properties = ConnectionProperties::default().with_connection_name("rabbitmq_stream".into());
+    let connected = timeout(PATIENCE, Connection::connect(addr, properties)).await;
+    connected
+        .map_err(anyhow::Error::from)
+        .and_then(|result| Ok(result?))
+        .with_context(|| {
+            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+        })
+}
+
+/// The type of the value says what is meant: a text, a number or a time.
+fn offset(start: &str) -> anyhow::Result<AMQPValue> {
+    if let Some(seconds) = start.strip_prefix('@') {
+        let seconds = seconds.parse();
+        return Ok(AMQPValue::Timestamp(
+            seconds.context("@ is followed by seconds since 1970")?,
+        ));
+    }
+    match start {
+        "first" | "last" | "next" => Ok(AMQPValue::LongString(start.into())),
+        _ => {
+            let offset: i64 = start.parse().with_context(|| {
+                format!("{start:?} is not first, last, next, an offset or @SECONDS")
+            })?;
+            ensure!(offset >= 0, "an offset is not negative");
+            Ok(AMQPValue::LongLongInt(offset))
+        }
+    }
+}
+
+async fn declare(channel: &Channel) -> lapin::Result<()> {
+    let mut arguments = FieldTable::default();
+    let mut set = |key: &str, value: AMQPValue| {
+        arguments.insert(key.into(), value);
+    };
+    set("x-queue-type", AMQPValue::LongString("stream".into()));
+    // Without a limit, it grows until the disk is full.
+    set("x-max-length-bytes", AMQPValue::LongLongInt(LARGEST));
+    set(
+        "x-stream-max-segment-size-bytes",
+        AMQPValue::LongInt(SEGMENT),
+    );
+    let durable = QueueDeclareOptions::durable();
+    channel
+        .queue_declare(STREAM.into(), durable, arguments)
+        .await?;
+    Ok(())
+}
+
+async fn send(channel: &Channel, events: &[&str]) -> anyhow::Result<()> {
+    channel
+        .confirm_select(ConfirmSelectOptions::default())
+        .await?;
+    let confirms = join_all(events.iter().map(|event| publish(channel, event)));
+    for confirm in timeout(PATIENCE * 2, confirms)
+        .await
+        .context("no confirms in time")?
+    {
+        confirm?;
+    }
+    println!("stored: {}", events.join(", "));
+    Ok(())
+}
+
+async fn publish(channel: &Channel, event: &str) -> anyhow::Result<()> {
+    let options = BasicPublishOptions {
+        mandatory: true,
+        ..BasicPublishOptions::default()
+    };
+    let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
+    let confirm = channel
+        .basic_publish(
+            "".into(),
+            STREAM.into(),
+            options,
+            event.as_bytes(),
+            properties,
+        )
+        .await?;
+    let confirmation = confirm.await?;
+    let taken = confirmation.is_ack() && confirmation.take_message().is_none();
+    ensure!(taken, "{event} was not taken");
+    Ok(())
+}
+
+async fn read(addr: &str, channel: &Channel, name: &str, start: AMQPValue) -> anyhow::Result<()> {
+    // Refused without: a reader that starts at the beginning would get the whole log at once.
+    channel.basic_qos(100, BasicQosOptions::default()).await?;
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-stream-offset".into(), start);
+    let mut deliveries = channel
+        .basic_consume(
+            STREAM.into(),
+            "".into(),
+            BasicConsumeOptions::default(),
+            arguments,
+        )
+        .await?;
+    println!("reading from {name}; Ctrl-C to stop");
+    let mut next = None;
+    let mut stop = pin!(tokio::signal::ctrl_c());
+    loop {
+        let delivery = tokio::select! {
+            // In this order, so that Ctrl-C is also heard of during the first one.
+            biased;
+            signal = &mut stop => break signal?,
+            delivery = deliveries.next() => delivery
+                .context("the broker cancelled the consumer; was the stream deleted?")?
+                .with_context(|| match next {
+                    Some(next) => format!("lost the connection to {addr}; go on from {next}"),
+                    None => format!("lost the connection to {addr}"),
+                })?,
+        };
+        let offset = offset_of(&delivery).context("a delivery without an offset")?;
+        println!(
+            "offset {offset}: {}",
+            String::from_utf8_lossy(&delivery.data)
+        );
+        delivery.ack(BasicAckOptions::default()).await?;
+        next = Some(offset + 1);
+    }
+    match next {
+        Some(next) => println!("stopped; go on from {next}"),
+        None => println!("stopped; nothing was read"),
+    }
+    Ok(())
+}
+
+fn offset_of(delivery: &Delivery) -> Option<i64> {
+    let headers = delivery.properties.headers().as_ref()?;
+    match headers.inner().get("x-stream-offset")? {
+        AMQPValue::LongLongInt(offset) => Some(*offset),
+        AMQPValue::LongInt(offset) => Some(i64::from(*offset)),
+        AMQPValue::ShortInt(offset) => Some(i64::from(*offset)),
+        AMQPValue::ShortShortInt(offset) => Some(i64::from(*offset)),
+        AMQPValue::ShortShortUInt(offset) => Some(i64::from(*offset)),
+        _ => None,
+    }
+}

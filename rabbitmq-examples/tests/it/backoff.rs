@@ -1,0 +1,120 @@
+//! A payment that fails is never lost and never in the way.
+
+use anyhow::{Context, Result};
+use compose::harness::Running;
+use lapin::types::AMQPValue;
+
+use crate::shared::{Place, SOON, vhost};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_retry_backoff");
+const PAYMENTS: &str = "retry-backoff.payments";
+const DEAD: &str = "retry-backoff.dead";
+const WAITING: [u32; 4] = [100, 200, 400, 500];
+
+fn worker(place: &Place) -> Result<Running> {
+    place.start(PROGRAM, &[], "waiting for payments")
+}
+
+#[tokio::test]
+async fn each_attempt_has_its_place_and_others_overtake() -> Result<()> {
+    let place = vhost().await?;
+    let mut worker = worker(&place)?;
+    place.run(PROGRAM, &["send"])?.ok()?;
+    worker.wait_for("payment-3: attempt 5 failed", SOON)?;
+    place.becomes(DEAD, (2, 0)).await?;
+    worker.interrupt()?;
+    let ended = worker.wait(SOON)?.ok()?;
+    let line = |text: &str| {
+        let line = ended.stdout.lines().position(|line| line.starts_with(text));
+        line.with_context(|| format!("{text}: {}", ended.stdout))
+    };
+    // payment-4 comes after the failures and is not kept waiting by any of their attempts.
+    assert!(line("payment-4: no payment")? < line("payment-2: attempt 2 failed")?);
+    assert!(line("payment-2: paid at attempt 3")? < line("payment-3: attempt 4 failed")?);
+    assert!(
+        ended
+            .stdout
+            .ends_with("paid: 2, to be retried: 6, dead letters: 2\n")
+    );
+    let mut found = Vec::new();
+    while let Some(letter) = place.take(DEAD).await? {
+        let headers = letter.properties.headers().clone().unwrap_or_default();
+        let body = String::from_utf8_lossy(&letter.data).into_owned();
+        let attempts = headers.inner().get("attempts").cloned();
+        found.push((body, attempts, headers.contains_key("reason")));
+    }
+    let attempts = |count| Some(AMQPValue::LongUInt(count));
+    let third = r#"{"payment_id":"payment-3","fails":1000}"#.to_owned();
+    assert_eq!(
+        found,
+        [
+            ("payment-4".into(), attempts(1), true),
+            (third, attempts(5), true)
+        ]
+    );
+    place.becomes(PAYMENTS, (0, 0)).await
+}
+
+#[tokio::test]
+async fn sigkill_again_and_again_loses_no_payment() -> Result<()> {
+    let place = vhost().await?;
+    place.run(PROGRAM, &["send"])?.ok()?;
+    place.drain(PAYMENTS).await?;
+    for number in 0..300 {
+        let body = format!(r#"{{"payment_id":"p{number}","fails":1000}}"#);
+        place.publish(PAYMENTS, body.as_bytes()).await?;
+    }
+    // In the middle of it, at whatever point that is.
+    for text in [
+        "p50: attempt",
+        "p150: attempt",
+        "p250: attempt",
+        "attempt 3 failed",
+    ] {
+        let mut worker = worker(&place)?;
+        worker.wait_for(text, SOON)?;
+        worker.kill()?;
+    }
+    let mut worker = worker(&place)?;
+    let done = async {
+        loop {
+            // The dead letters are all there when nothing is on its way any more.
+            let mut rest = place.state(PAYMENTS).await?.0;
+            for delay in WAITING {
+                rest += place.state(&format!("{PAYMENTS}.wait-{delay}ms")).await?.0;
+            }
+            if rest == 0 && place.state(DEAD).await?.0 >= 300 {
+                return anyhow::Ok(());
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(SOON * 2, done)
+        .await
+        .context("not all become dead letters")??;
+    worker.interrupt()?;
+    worker.wait(SOON)?.ok()?;
+    let mut dead = place.drain(DEAD).await?;
+    dead.sort();
+    dead.dedup();
+    assert_eq!(dead.len(), 300);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_no_payment_is_a_dead_letter_at_once() -> Result<()> {
+    let place = vhost().await?;
+    let mut worker = worker(&place)?;
+    let large = vec![b'x'; 1 << 20];
+    let bodies: [&[u8]; 4] = [b"", &[0xff, 0x00], b"{\"payment_id\":7}", &large];
+    for body in bodies {
+        place.publish(PAYMENTS, body).await?;
+    }
+    place.publish(PAYMENTS, br#"{"payment_id":"good"}"#).await?;
+    worker.wait_for("good: paid at attempt 1", SOON)?;
+    place.becomes(DEAD, (4, 0)).await?;
+    for body in bodies {
+        assert_eq!(place.take(DEAD).await?.context("none left")?.data, body);
+    }
+    Ok(())
+}

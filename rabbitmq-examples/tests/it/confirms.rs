@@ -1,0 +1,110 @@
+//! What is said to be confirmed is there, and what is said to be unconfirmed is exactly the rest.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result};
+use compose::{Broker, Service};
+
+use crate::shared::{Place, SOON, vhost};
+
+const PUBLISHER: &str = env!("CARGO_BIN_EXE_rabbitmq_publisher_confirms");
+const QUEUE: &str = "publisher-confirms";
+
+/// `name: 5 attempted, 3 confirmed, 0 refused, 2 unconfirmed, …`
+fn counts(line: &str) -> Result<[u64; 4]> {
+    let (_, rest) = line.split_once(": ").context("no colon")?;
+    let mut counts = rest
+        .split(", ")
+        .filter_map(|part| part.split(' ').next()?.parse().ok());
+    let mut next = || {
+        counts
+            .next()
+            .with_context(|| format!("no four counts: {line}"))
+    };
+    Ok([next()?, next()?, next()?, next()?])
+}
+
+/// `1-3, 7`
+fn ids(ranges: &str) -> Result<BTreeSet<u64>> {
+    let mut ids = BTreeSet::new();
+    for range in ranges.split(", ") {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        ids.extend(first.parse::<u64>()?..=last.parse()?);
+    }
+    Ok(ids)
+}
+
+#[tokio::test]
+async fn each_way_confirms_all_and_they_are_in_the_queue() -> Result<()> {
+    let place = vhost().await?;
+    for way in ["single", "batches", "streaming"] {
+        let ended = place.run(PUBLISHER, &["250", way])?.ok()?;
+        assert_eq!(
+            counts(ended.stdout.trim())?,
+            [250, 250, 0, 0],
+            "{}",
+            ended.stdout
+        );
+        place.becomes(QUEUE, (250, 0)).await?;
+    }
+    // The refused ones are in no queue.
+    let ended = place.run(PUBLISHER, &["1"])?.ok()?;
+    assert!(
+        ended.stdout.ends_with("refused: 11-15\n"),
+        "{}",
+        ended.stdout
+    );
+    place.becomes("publisher-confirms.full", (10, 0)).await
+}
+
+#[tokio::test]
+async fn sigkill_of_the_broker_leaves_no_doubt_about_what_is_in_doubt() -> Result<()> {
+    let rabbitmq = Broker::private(Service::RabbitMq)?;
+    for way in ["batches", "streaming"] {
+        let place = Place::of(&rabbitmq).await?;
+        let mut publisher = place.example(PUBLISHER).args(["10000000", way]).spawn()?;
+        // It purges what the round before has left; the queue may not be there yet.
+        place.exists(QUEUE).await?;
+        place
+            .becomes_such(QUEUE, "at least 500", |(ready, _)| ready >= 500)
+            .await?;
+        rabbitmq.kill(1)?;
+        let ended = publisher.wait(SOON)?;
+        assert_eq!(ended.code(), 1, "{}", ended.stdout);
+        assert!(
+            ended.stderr.contains("publish what is unconfirmed again"),
+            "{}",
+            ended.stderr
+        );
+        let mut lines = ended.stdout.lines();
+        let [attempted, confirmed, refused, unconfirmed] =
+            counts(lines.next().context("no counts")?)?;
+        let doubtful = ids(lines
+            .next()
+            .and_then(|line| line.strip_prefix("unconfirmed: "))
+            .context("none in doubt")?)?;
+        assert_eq!(refused, 0);
+        assert_eq!(doubtful.len() as u64, unconfirmed);
+        assert_eq!(attempted, confirmed + unconfirmed);
+        assert!(confirmed >= 100, "{confirmed} confirmed");
+
+        rabbitmq.restart(1)?;
+        let place = Place::of(&rabbitmq).await?;
+        let mut there = BTreeSet::new();
+        while let Some(message) = place.take(QUEUE).await? {
+            let id = message.properties.message_id().as_ref().context("no id")?;
+            there.insert(id.as_str().parse::<u64>()?);
+        }
+        let lost = (1..=attempted).filter(|id| !there.contains(id) && !doubtful.contains(id));
+        assert_eq!(
+            lost.collect::<Vec<_>>(),
+            [0; 0],
+            "{way}: confirmed and lost"
+        );
+        assert!(
+            there.iter().all(|id| (1..=attempted).contains(id)),
+            "{way}: never attempted"
+        );
+    }
+    Ok(())
+}

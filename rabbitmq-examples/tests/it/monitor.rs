@@ -1,0 +1,137 @@
+//! The HTTP API's numbers are the broker's, and what is wrong with it is said in words.
+
+use anyhow::{Context, Result};
+use compose::harness::Running;
+use lapin::options::QueueDeclareOptions;
+use lapin::types::FieldTable;
+
+use crate::shared::{Place, SOON, vhost};
+
+const MONITOR: &str = env!("CARGO_BIN_EXE_rabbitmq_queue_monitor");
+const PITFALL: &str = env!("CARGO_BIN_EXE_rabbitmq_pitfall_missing_ack");
+
+fn monitor(place: &Place, args: &[&str]) -> Result<Running> {
+    place
+        .example(MONITOR)
+        .env("MONITOR_INTERVAL", "1")
+        .env("MONITOR_THRESHOLD", "5")
+        .args(args)
+        .spawn()
+}
+
+#[tokio::test]
+async fn it_warns_of_ready_and_of_unacknowledged_and_says_when_it_is_over() -> Result<()> {
+    let place = vhost().await?;
+    let mut watching = monitor(&place, &["deep"])?;
+    watching.wait_for("deep: no such queue yet", SOON)?;
+    for queue in ["deep", "other"] {
+        let options = QueueDeclareOptions::durable();
+        place
+            .channel
+            .queue_declare(queue.into(), options, FieldTable::default())
+            .await?;
+        for _ in 0..6 {
+            place.publish(queue, b"x").await?;
+        }
+    }
+    watching.wait_for(
+        "WARNING: deep has 6 messages, over the threshold of 5",
+        SOON,
+    )?;
+    watching.wait_for("WARNING: deep has messages and no consumer", SOON)?;
+    // Taken and not acknowledged: ready is 0 now, and it is still as deep.
+    let holder = Place::again(&place).await?;
+    let mut held = Vec::new();
+    for _ in 0..6 {
+        let message = holder
+            .channel
+            .basic_get("deep".into(), Default::default())
+            .await?;
+        held.push(message.context("none left")?);
+    }
+    watching.wait_for("deep: ready 0, unacknowledged 6, consumers 0", SOON)?;
+    for message in held {
+        message.ack(Default::default()).await?;
+    }
+    watching.wait_for("recovered: deep has 0 messages", SOON)?;
+    watching.interrupt()?;
+    let ended = watching.wait(SOON)?.ok()?;
+    assert!(!ended.stdout.contains("other"), "{}", ended.stdout);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_an_error_that_says_so() -> Result<()> {
+    let place = vhost().await?;
+    let run = |address: &str, management: &str| -> Result<String> {
+        let program = place.example(MONITOR).env("AMQP_ADDR", address);
+        let ended = program
+            .env("RABBITMQ_MANAGEMENT_URL", management)
+            .spawn()?
+            .wait(SOON)?;
+        assert_eq!(ended.code(), 1);
+        assert_eq!(ended.stdout, "");
+        assert!(ended.stderr.starts_with("Error: "), "{}", ended.stderr);
+        Ok(ended.stderr)
+    };
+    let wrong = place.address.replace("guest:guest", "guest:wrong");
+    let said = run(&wrong, &place.management)?;
+    assert!(said.contains("refuses user \"guest\""), "{said}");
+    assert!(!said.contains("wrong@"), "the password is printed: {said}");
+
+    // Claimed, so that nobody listens there meanwhile.
+    let claim = compose::ports::claim()?;
+    let away = format!("http://127.0.0.1:{}", claim.port);
+    let said = run(&place.address, &away)?;
+    assert!(
+        said.contains(&away) && said.contains(&place.address),
+        "{said}"
+    );
+    assert!(said.contains("cargo lab up rabbitmq"), "{said}");
+
+    let nowhere = format!("{}-not-there", place.address);
+    let said = run(&nowhere, &place.management)?;
+    assert!(said.contains("no such virtual host"), "{said}");
+    for url in ["nonsense", "mailto:nobody"] {
+        assert!(run(&place.address, url)?.contains("RABBITMQ_MANAGEMENT_URL"));
+    }
+    let said = run("amqp://[", &place.management)?;
+    assert!(said.contains("AMQP_ADDR"), "{said}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_pitfall_is_counted_by_the_broker_and_the_cure_holds() -> Result<()> {
+    let place = vhost().await?;
+    let ended = place.run(PITFALL, &[])?.ok()?;
+    for line in [
+        "wrong: tasks done: 10; the broker says: ready 0, unacknowledged 10",
+        "wrong: after the end of the connection: ready 10, unacknowledged 0; delivered again: 10",
+        "right: after the end of the connection: ready 0, unacknowledged 0; delivered again: 0",
+        "cure: one poison message, delivered 4 times, then in pitfall-missing-ack.dead",
+    ] {
+        assert!(
+            ended.stdout.lines().any(|one| one == line),
+            "{}",
+            ended.stdout
+        );
+    }
+    let line = ended
+        .stdout
+        .lines()
+        .find(|line| line.starts_with("loop: "))
+        .context("no loop")?;
+    let times = line
+        .split(' ')
+        .find_map(|word| word.parse::<u32>().ok())
+        .context("no count")?;
+    assert!(times > 20, "{line}");
+    for queue in [
+        "pitfall-missing-ack",
+        "pitfall-missing-ack.limited",
+        "pitfall-missing-ack.dead",
+    ] {
+        place.becomes(queue, (0, 0)).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,87 @@
+//! Confirmed jobs survive the broker's SIGKILL, and a poison message ends in the dead letters.
+
+use anyhow::{Context, Result};
+use compose::{Broker, Service};
+
+use crate::shared::{Place, SOON, vhost};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_quorum_queue");
+const JOBS: &str = "quorum-queue.jobs";
+const DEAD: &str = "quorum-queue.dead";
+
+/// Waits until the node has written down that it has the queue, which it does half a second late.
+async fn registered(rabbitmq: &Broker) -> Result<()> {
+    let data = rabbitmq
+        .folder()
+        .join("node-1/data/lab1@localhost/quorum/lab1@localhost/names.dets");
+    let name = JOBS.as_bytes();
+    let written = async {
+        let has = |bytes: &[u8]| bytes.windows(name.len()).any(|window| window == name);
+        while !std::fs::read(&data).is_ok_and(|bytes| has(&bytes)) {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    let missing = || format!("{} does not name the queue", data.display());
+    tokio::time::timeout(SOON, written)
+        .await
+        .with_context(missing)
+}
+
+#[tokio::test]
+async fn confirmed_jobs_survive_sigkill_of_the_broker() -> Result<()> {
+    let rabbitmq = Broker::private(Service::RabbitMq)?;
+    let place = Place::of(&rabbitmq).await?;
+    place.run(PROGRAM, &["dead"])?.ok()?;
+    registered(&rabbitmq).await?;
+    let jobs: Vec<String> = (1..=200).map(|number| format!("job-{number}")).collect();
+    let mut args = vec!["send"];
+    args.extend(jobs.iter().map(String::as_str));
+    place.run(PROGRAM, &args)?.ok()?;
+    rabbitmq.kill(1)?;
+    rabbitmq.restart(1)?;
+    let place = Place::of(&rabbitmq).await?;
+    place.becomes(JOBS, (200, 0)).await?;
+    let mut working = place.start(PROGRAM, &[], "waiting for jobs")?;
+    working.wait_for("job-200: done", SOON)?;
+    rabbitmq.kill(1)?;
+    let ended = working.wait(SOON)?;
+    assert_eq!(ended.code(), 1, "{}", ended.stdout);
+    assert!(
+        ended.stderr.contains("lost the connection"),
+        "{}",
+        ended.stderr
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn poison_is_given_up_after_the_limit_and_looking_at_it_takes_nothing() -> Result<()> {
+    let place = vhost().await?;
+    let mut working = place.start(PROGRAM, &[], "waiting for jobs")?;
+    place
+        .run(PROGRAM, &["send", "job-1", "poison", "job-2"])?
+        .ok()?;
+    place.becomes(DEAD, (1, 0)).await?;
+    working.wait_for("job-2: done", SOON)?;
+    working.interrupt()?;
+    let ended = working.wait(SOON)?.ok()?;
+    assert!(
+        ended
+            .stdout
+            .ends_with("stopped; jobs done: 2, failures: 4\n"),
+        "{}",
+        ended.stdout
+    );
+    for _ in 0..2 {
+        let dead = place.run(PROGRAM, &["dead"])?.ok()?;
+        assert_eq!(
+            dead.stdout,
+            "poison: delivery_limit, from quorum-queue.jobs\ndead letters: 1\n"
+        );
+    }
+    assert_eq!(
+        place.take(DEAD).await?.context("nothing there")?.data,
+        b"poison"
+    );
+    place.becomes(JOBS, (0, 0)).await
+}

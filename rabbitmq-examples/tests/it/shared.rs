@@ -1,0 +1,220 @@
+//! One broker for all tests that leave it alone, with a virtual host for each; and what they look at it with.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use compose::harness::{Example, Finished, Running};
+use compose::{Broker, Service};
+use lapin::message::BasicGetMessage;
+use lapin::options::{
+    BasicAckOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions,
+    QueueDeclareOptions,
+};
+use lapin::types::FieldTable;
+use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
+
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// Where an example is to find RabbitMQ, and a test's own look at it.
+pub struct Place {
+    pub address: String,
+    pub management: String,
+    connection: Connection,
+    pub channel: Channel,
+}
+
+/// The supervisor ends it with this process: nothing is dropped in a static.
+fn broker() -> Result<&'static Broker> {
+    static BROKER: OnceLock<Result<Broker, String>> = OnceLock::new();
+    let broker = BROKER
+        .get_or_init(|| Broker::private(Service::RabbitMq).map_err(|error| format!("{error:#}")));
+    broker
+        .as_ref()
+        .map_err(|reason| anyhow::anyhow!("{reason}"))
+}
+
+fn management(broker: &Broker) -> Result<String> {
+    broker
+        .web()
+        .into_iter()
+        .next()
+        .context("no management address")
+}
+
+/// An empty virtual host of the broker that all tests share.
+pub async fn vhost() -> Result<Place> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let name = format!("test-{}", COUNT.fetch_add(1, Ordering::Relaxed));
+    let broker = tokio::task::spawn_blocking(broker).await??;
+    let management = management(broker)?;
+    let client = reqwest::Client::builder().timeout(SOON).build()?;
+    let permissions = r#"{"configure":".*","write":".*","read":".*"}"#;
+    for (path, body) in [
+        (format!("/api/vhosts/{name}"), "{}"),
+        (format!("/api/permissions/{name}/guest"), permissions),
+    ] {
+        let request = client.put(format!("{management}{path}"));
+        let request = request
+            .header("content-type", "application/json")
+            .body(body);
+        let answer = request.basic_auth("guest", Some("guest")).send().await?;
+        ensure!(answer.status().is_success(), "{path}: {}", answer.status());
+    }
+    let address = broker.address();
+    let address = address
+        .strip_suffix("%2f")
+        .context("no virtual host in the address")?;
+    Place::at(format!("{address}{name}"), management).await
+}
+
+impl Place {
+    async fn at(address: String, management: String) -> Result<Place> {
+        let properties = ConnectionProperties::default();
+        let connection = Connection::connect(&address, properties).await?;
+        let channel = connection.create_channel().await?;
+        channel
+            .confirm_select(ConfirmSelectOptions::default())
+            .await?;
+        Ok(Place {
+            address,
+            management,
+            connection,
+            channel,
+        })
+    }
+
+    /// A second connection to the same.
+    pub async fn again(place: &Place) -> Result<Place> {
+        Place::at(place.address.clone(), place.management.clone()).await
+    }
+
+    /// The default virtual host of a broker of the test's own.
+    pub async fn of(broker: &Broker) -> Result<Place> {
+        Place::at(broker.address(), management(broker)?).await
+    }
+
+    pub fn example(&self, program: &str) -> Example {
+        Example::new(program)
+            .env("AMQP_ADDR", &self.address)
+            .env("RABBITMQ_MANAGEMENT_URL", &self.management)
+    }
+
+    pub fn run(&self, program: &str, args: &[&str]) -> Result<Finished> {
+        self.example(program).args(args).spawn()?.wait(SOON)
+    }
+
+    pub fn start(&self, program: &str, args: &[&str], ready: &str) -> Result<Running> {
+        let mut running = self.example(program).args(args).spawn()?;
+        running.wait_for(ready, SOON)?;
+        Ok(running)
+    }
+
+    /// Into the queue of that name, confirmed.
+    pub async fn publish(&self, queue: &str, body: &[u8]) -> Result<()> {
+        self.publish_with(queue, body, BasicProperties::default())
+            .await
+    }
+
+    pub async fn publish_with(
+        &self,
+        queue: &str,
+        body: &[u8],
+        properties: BasicProperties,
+    ) -> Result<()> {
+        let options = BasicPublishOptions {
+            mandatory: true,
+            ..BasicPublishOptions::default()
+        };
+        let properties = properties.with_delivery_mode(2);
+        let publish =
+            self.channel
+                .basic_publish("".into(), queue.into(), options, body, properties);
+        match publish.await?.await? {
+            Confirmation::Ack(None) => Ok(()),
+            other => bail!("{queue}: {other:?}"),
+        }
+    }
+
+    /// Messages that are ready, which excludes those that a consumer holds, and the number of consumers.
+    pub async fn state(&self, queue: &str) -> Result<(u32, u32)> {
+        let options = QueueDeclareOptions {
+            passive: true,
+            ..QueueDeclareOptions::default()
+        };
+        let queue = self
+            .channel
+            .queue_declare(queue.into(), options, FieldTable::default())
+            .await?;
+        Ok((queue.message_count(), queue.consumer_count()))
+    }
+
+    /// The broker needs a moment to notice a dead connection and to write its counts: asks until it says `expected`.
+    pub async fn becomes(&self, queue: &str, expected: (u32, u32)) -> Result<()> {
+        self.becomes_such(queue, &format!("{expected:?}"), |state| state == expected)
+            .await
+    }
+
+    /// Asks on channels of their own: the question for a queue that is not there closes the channel.
+    pub async fn exists(&self, queue: &str) -> Result<()> {
+        let options = QueueDeclareOptions {
+            passive: true,
+            ..QueueDeclareOptions::default()
+        };
+        let asking = async {
+            loop {
+                let channel = self.connection.create_channel().await?;
+                let answer = channel
+                    .queue_declare(queue.into(), options, FieldTable::default())
+                    .await;
+                if answer.is_ok() {
+                    return anyhow::Ok(());
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::time::timeout(SOON, asking)
+            .await
+            .with_context(|| format!("no queue {queue}"))?
+    }
+
+    pub async fn becomes_such(
+        &self,
+        queue: &str,
+        what: &str,
+        is: impl Fn((u32, u32)) -> bool,
+    ) -> Result<()> {
+        let asking = async {
+            while !is(self.state(queue).await?) {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            anyhow::Ok(())
+        };
+        match tokio::time::timeout(SOON, asking).await {
+            Ok(done) => done,
+            Err(_) => bail!("{queue}: {:?}, not {what}", self.state(queue).await?),
+        }
+    }
+
+    /// Takes the first message for good.
+    pub async fn take(&self, queue: &str) -> Result<Option<BasicGetMessage>> {
+        let message = self
+            .channel
+            .basic_get(queue.into(), BasicGetOptions::default())
+            .await?;
+        if let Some(message) = &message {
+            message.ack(BasicAckOptions::default()).await?;
+        }
+        Ok(message)
+    }
+
+    /// The bodies of all that is ready, taken for good.
+    pub async fn drain(&self, queue: &str) -> Result<Vec<String>> {
+        let mut bodies = Vec::new();
+        while let Some(message) = self.take(queue).await? {
+            bodies.push(String::from_utf8_lossy(&message.data).into_owned());
+        }
+        Ok(bodies)
+    }
+}

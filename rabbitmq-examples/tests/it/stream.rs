@@ -1,0 +1,78 @@
+//! Reading takes nothing away, and starts where it is told to.
+
+use anyhow::Result;
+
+use crate::shared::{Place, SOON, vhost};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_stream");
+
+fn read(place: &Place, start: &str, until: &str) -> Result<Vec<String>> {
+    let mut reader = place.start(PROGRAM, &[start], "reading from")?;
+    reader.wait_for(until, SOON)?;
+    reader.interrupt()?;
+    let ended = reader.wait(SOON)?.ok()?;
+    let lines = ended
+        .stdout
+        .lines()
+        .filter(|line| line.starts_with("offset "));
+    Ok(lines.map(String::from).collect())
+}
+
+#[tokio::test]
+async fn each_start_reads_what_it_says_again_and_again() -> Result<()> {
+    let place = vhost().await?;
+    for event in ["a", "b", "c"] {
+        place.run(PROGRAM, &["send", event])?.ok()?;
+    }
+    let all = ["offset 0: a", "offset 1: b", "offset 2: c"];
+    for start in ["first", "0", "@0", "first"] {
+        assert_eq!(read(&place, start, "offset 2")?, all, "{start}");
+    }
+    assert_eq!(read(&place, "1", "offset 2")?, all[1..]);
+    // A chunk may hold several; never less than the last one.
+    assert!(read(&place, "last", "offset 2")?.ends_with(&["offset 2: c".to_owned()]));
+    let mut next = place.start(PROGRAM, &["next"], "reading from")?;
+    place.run(PROGRAM, &["send", "d"])?.ok()?;
+    next.wait_for("offset 3: d", SOON)?;
+    next.interrupt()?;
+    let ended = next.wait(SOON)?.ok()?;
+    assert!(!ended.stdout.contains("offset 2"), "{}", ended.stdout);
+    assert!(ended.stdout.ends_with("stopped; go on from 4\n"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_reader_that_was_killed_goes_on_from_the_offset_that_it_knows() -> Result<()> {
+    let place = vhost().await?;
+    let events: Vec<String> = (0..500).map(|number| format!("event-{number}")).collect();
+    let mut args = vec!["send"];
+    args.extend(events.iter().map(String::as_str));
+    place.run(PROGRAM, &args)?.ok()?;
+    let mut killed = place.start(PROGRAM, &["first"], "reading from")?;
+    killed.wait_for("offset 250: ", SOON)?;
+    killed.kill()?;
+    let rest = read(&place, "251", "offset 499")?;
+    assert_eq!(rest.len(), 249);
+    assert_eq!(rest[0], "offset 251: event-251");
+    Ok(())
+}
+
+#[tokio::test]
+async fn nonsense_is_refused() -> Result<()> {
+    let place = vhost().await?;
+    for args in [
+        ["-1"].as_slice(),
+        &["@x"],
+        &["middle"],
+        &["send"],
+        &["1", "2"],
+    ] {
+        let refused = place.run(PROGRAM, args)?;
+        assert_eq!(
+            (refused.code(), refused.stdout.as_str()),
+            (1, ""),
+            "{args:?}"
+        );
+    }
+    Ok(())
+}
