@@ -5,8 +5,8 @@
 //! after the ack wait.
 //!
 //! ```console
-//! 1$ cargo lab run jetstream_work_queue send 20
-//! queued 20 jobs; waiting in the queue: 20
+//! 1$ cargo lab run jetstream_work_queue send 100
+//! queued 100 jobs; waiting in the queue: 100
 //! 2$ cargo lab run jetstream_work_queue work anna
 //! anna is ready
 //! anna: job-[..] done

@@ -7,20 +7,24 @@
 //! ```console
 //! 1$ cargo lab run nats_drain
 //! working on drain.work; Ctrl-C to stop
-//! 2$ cargo lab run nats_drain ask 20
-//! asked 20
-//! ...
+//! 2$ cargo lab run nats_drain
+//! working on drain.work; Ctrl-C to stop
+//! 3$ cargo lab run nats_drain ask 40
+//! asked 40
 //! 1:
-//! in hand: request-1
+//! in hand: request-[..]
 //! ...
 //! 1^C
+//! ...
 //! leaving the group, no new requests
 //! ...
 //! all answered: received [..], answered [..]
 //! closed
-//! 2$ cargo lab run nats_drain ask 1
+//! 3:
+//! answered 40
+//! 2^C
 //! ...
-//! [exit 1]
+//! closed
 //! ```
 //!
 //! Notice: `drain` returns as soon as the order is given. The end of the subscription's stream says that the last
@@ -28,8 +32,8 @@
 //! `Client::drain` as the first step would close the connection while answers are still being worked on: they would
 //! never arrive. So: the subscription first, then the work, then the client.
 //!
-//! Try: start a second worker, ask 100, and stop one of them in the middle: all are answered. Kill it with SIGKILL
-//! instead: what it had in hand is answered by nobody, and asked again only after the timeout.
+//! Try: kill the first one with SIGKILL instead: what it had in hand is answered by nobody, and asked again only after
+//! the timeout.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); WORK_MS (50), how long each request takes; the arguments `ask N`. See
 //! also: nats_subscribe, nats_queue_group, jetstream_consumer.

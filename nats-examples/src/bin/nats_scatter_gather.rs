@@ -40,7 +40,7 @@ use futures::StreamExt;
 use tokio::time::{Instant, timeout_at};
 
 const SUBJECT: &str = "quotes.ask";
-const DEADLINE: Duration = Duration::from_millis(1000);
+const DEADLINE: Duration = Duration::from_secs(2);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {

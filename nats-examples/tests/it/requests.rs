@@ -161,7 +161,7 @@ async fn the_gatherer_takes_what_comes_in_time_and_what_makes_sense() -> Result<
         shops.push(shop);
     }
     shops[2].pause()?;
-    // The deadline of one second is the example's. On a busy machine an answer may come too late, but not ten times.
+    // The deadline of two seconds is the example's. On a busy machine an answer may come too late, but not ten times.
     let mut last = String::new();
     for _ in 0..10 {
         let asked = run(GATHER, &["ask", "all"], &nats)?;
@@ -231,7 +231,7 @@ async fn a_service_is_found_counts_its_errors_and_survives_them() -> Result<()> 
     stop(services.pop().unwrap())?;
     let mut found = 0;
     for _ in 0..10 {
-        // Its deadline is half a second, which a busy machine may miss.
+        // Its deadline is one second, which a busy machine may miss.
         let discovered = run(SERVICE, &["discover"], &nats)?;
         found = discovered.stdout.matches("text 1.0.0 ").count();
         assert!(found <= 1, "{}", discovered.stdout);
