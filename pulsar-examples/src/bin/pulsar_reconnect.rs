@@ -6,6 +6,7 @@
 //!
 //! ```console
 //! 1$ cargo lab run pulsar_reconnect
+//! ...
 //! stored: tick 0
 //! ...
 //! received: tick 1
