@@ -18,8 +18,9 @@ fn worker(place: &Place) -> Result<Running> {
 #[tokio::test]
 async fn each_attempt_has_its_place_and_others_overtake() -> Result<()> {
     let place = vhost().await?;
-    let mut worker = worker(&place)?;
+    // All are in the queue before the first fails, however slow the sender.
     place.run(PROGRAM, &["send"])?.ok()?;
+    let mut worker = worker(&place)?;
     worker.wait_for("payment-3: attempt 5 failed", SOON)?;
     place.becomes(DEAD, (2, 0)).await?;
     worker.interrupt()?;
