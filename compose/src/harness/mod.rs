@@ -542,7 +542,7 @@ fn exit_code(status: ExitStatus) -> i32 {
 }
 
 /// Starts each program where no broker listens, and requires that it ends with status 1 and one error, which names the
-/// address and the command that starts the service, within fifteen seconds and with nothing printed before.
+/// address and the command that starts the service, with nothing printed before, and without hanging.
 ///
 /// # Errors
 /// A program cannot be started, or does not end in time.
@@ -550,7 +550,8 @@ fn exit_code(status: ExitStatus) -> i32 {
 /// # Panics
 /// A program ends in another way.
 pub fn broker_absent(service: Service, programs: &[&str]) -> Result<()> {
-    const LIMIT: Duration = Duration::from_secs(15);
+    // For all together: each takes a few seconds, but there may be thirty, and other tests beside them.
+    const LIMIT: Duration = Duration::from_secs(60);
     // Claimed, so that nobody listens there while the programs try.
     let claim = crate::ports::claim()?;
     let address = service.address(&[format!("127.0.0.1:{}", claim.port)]);
