@@ -25,10 +25,14 @@
 //! Settings: NATS_URL (nats://localhost:4222). See also: nats_publish.
 
 use std::pin::pin;
+use std::time::Duration;
 
 use anyhow::Context;
 use async_nats::{ConnectOptions, Event};
 use futures::StreamExt;
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -62,9 +66,15 @@ async fn main() -> anyhow::Result<()> {
     // Drain stops new messages and hands out those that are already here. It returns at once: the end of the stream
     // is what says that it is done, so leaving now would drop what is still buffered.
     client.drain().await?;
-    while let Some(message) = messages.next().await {
-        handle(&message);
-        handled += 1;
+    let rest = async {
+        while let Some(message) = messages.next().await {
+            handle(&message);
+            handled += 1;
+        }
+    };
+    // Without a connection there would be no end to it.
+    if timeout(PATIENCE, rest).await.is_err() {
+        eprintln!("the server does not answer; what it still had for this program is lost");
     }
     println!("drained; messages handled: {handled}");
     Ok(())

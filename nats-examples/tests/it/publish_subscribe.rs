@@ -10,7 +10,7 @@ use compose::probe::http_get;
 use compose::{Broker, Service};
 use futures::StreamExt;
 
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(30);
 
 fn subscriber(nats: &Broker, pattern: &str) -> Result<Running> {
     let program = Example::new(env!("CARGO_BIN_EXE_nats_subscribe"));
@@ -146,6 +146,18 @@ async fn drain_hands_out_what_is_already_here() -> Result<()> {
         .map(|number| format!("burst: {number}"))
         .collect();
     assert_eq!(lines, expected, "in order, without gaps");
+    Ok(())
+}
+
+#[tokio::test]
+async fn ctrl_c_ends_it_also_while_the_server_is_away() -> Result<()> {
+    let nats = Broker::private(Service::Nats)?;
+    let mut subscriber = subscriber(&nats, "events.>")?;
+    nats.kill(1)?;
+    subscriber.wait_for("disconnected", SOON)?;
+    subscriber.interrupt()?;
+    subscriber.wait_for("does not answer", SOON)?;
+    subscriber.wait(SOON)?.ok()?;
     Ok(())
 }
 
