@@ -75,7 +75,7 @@ impl Bench<'_> {
         let mut rates: [Vec<f64>; 3] = Default::default();
         for round in 0..self.rounds {
             // Nothing is measured on a store that has just started or on indices that others use.
-            let store = Store::new(&format!("bench-{}", new_run()))?;
+            let store = Store::new(&format!("bench-r{}", new_run().replace('-', "_")))?;
             let large = Batching {
                 batch: LARGE,
                 ..self.batching

@@ -282,7 +282,7 @@ fn read_time(text: &str) -> Option<DateTime<FixedOffset>> {
 
 /// Whether an index can be named after it.
 pub fn is_sane(time: &DateTime<FixedOffset>) -> bool {
-    (1970..=9998).contains(&time.year())
+    (1970..=2999).contains(&time.year())
 }
 
 /// `host ident user [time] "request" status bytes "referrer" "user agent"`, as Apache and nginx write it, also

@@ -55,6 +55,10 @@ impl Store {
         if index.is_empty() || index.contains(bad) || index.starts_with(['-', '_']) {
             bail!("{index:?} cannot be an index: use a-z, 0-9, - and _");
         }
+        // `logs-2` would share its indices' names with the days of `logs`.
+        if index.contains("-1") || index.contains("-2") {
+            bail!("{index:?} cannot be an index: after a - it looks like a day of another one");
+        }
         let http = Client::builder()
             .connect_timeout(Duration::from_secs(5))
             .timeout(REQUEST)
@@ -64,6 +68,11 @@ impl Store {
             url,
             index: index.to_owned(),
         })
+    }
+
+    /// Matches the indices of all days, and not those of `logs-app` when this is `logs`.
+    fn days(&self) -> String {
+        format!("{0}-1*.*.*,{0}-2*.*.*", self.index)
     }
 
     /// The address without the password.
@@ -127,7 +136,7 @@ impl Store {
             );
         }
         let template = json!({
-            "index_patterns": [format!("{}-*.*.*", self.index)],
+            "index_patterns": self.days().split(',').collect::<Vec<_>>(),
             // Above the templates that Elasticsearch brings for its own `logs-*-*`.
             "priority": 120,
             "_meta": { "kafka_cluster": cluster },
@@ -215,31 +224,27 @@ impl Store {
             Some(run) => json!({ "query": { "term": { "ingested.run": run } } }),
             None => json!({ "query": { "match_all": {} } }),
         };
-        let path = format!("{}-*.*.*/_count?ignore_unavailable=true", self.index);
+        let path = format!("{}/_count?ignore_unavailable=true", self.days());
         let found = self.ask(Method::POST, &path, Some(query)).await?;
         found["count"].as_u64().context("no count in the answer")
     }
 
     /// Makes all that was stored visible to searches, which would take a second by itself.
     pub async fn refresh(&self) -> Result<()> {
-        let path = format!("{}-*.*.*/_refresh?ignore_unavailable=true", self.index);
+        let path = format!("{}/_refresh?ignore_unavailable=true", self.days());
         self.ask(Method::POST, &path, None).await?;
         Ok(())
     }
 
     pub async fn search(&self, body: Value) -> Result<Value> {
-        let path = format!("{}-*.*.*/_search?ignore_unavailable=true", self.index);
+        let path = format!("{}/_search?ignore_unavailable=true", self.days());
         self.ask(Method::POST, &path, Some(body)).await
     }
 
     /// Deletes the indices and the template.
     pub async fn clear(&self) -> Result<()> {
         let found = self
-            .ask(
-                Method::GET,
-                &format!("{}-*.*.*/_settings", self.index),
-                None,
-            )
+            .ask(Method::GET, &format!("{}/_settings", self.days()), None)
             .await?;
         for index in found.as_object().into_iter().flat_map(|all| all.keys()) {
             self.ask(Method::DELETE, index, None).await?;

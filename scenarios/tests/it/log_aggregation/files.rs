@@ -57,7 +57,8 @@ fn a_file_is_followed_over_rotation_truncation_and_a_kill() -> Result<()> {
 
     // What is complete is not ingested again, unless that is asked for.
     let ingest = |more: &[&str]| {
-        let args = [&["ingest", path(&file)], more].concat();
+        // Under the same name, or the group would wait for the one that has ended.
+        let args = [&["ingest", path(&file), "--instance", "one"], more].concat();
         program(&kafka, &store()?.address(), index, &args)
             .spawn()?
             .wait(MINUTE)?

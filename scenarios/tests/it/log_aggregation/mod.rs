@@ -50,8 +50,8 @@ fn get(path: &str) -> Result<Value> {
 }
 
 fn count(index: &str) -> Result<u64> {
-    get(&format!("/{index}-*.*.*/_refresh"))?;
-    let count = get(&format!("/{index}-*.*.*/_count"))?;
+    get(&format!("/{index}-2*.*.*/_refresh"))?;
+    let count = get(&format!("/{index}-2*.*.*/_count"))?;
     count["count"].as_u64().context("no count")
 }
 
@@ -73,12 +73,12 @@ fn await_count(index: &str, documents: u64) -> Result<()> {
 
 /// The documents that `query` finds, at most ten thousand.
 fn find(index: &str, query: &str) -> Result<Vec<Value>> {
-    get(&format!("/{index}-*.*.*/_refresh"))?;
+    get(&format!("/{index}-2*.*.*/_refresh"))?;
     let query = query
         .replace(' ', "%20")
         .replace('[', "%5B")
         .replace(']', "%5D");
-    let found = get(&format!("/{index}-*.*.*/_search?size=10000&q={query}"))?;
+    let found = get(&format!("/{index}-2*.*.*/_search?size=10000&q={query}"))?;
     let hits = found["hits"]["hits"].as_array().context("no hits")?;
     Ok(hits.clone())
 }
