@@ -94,6 +94,8 @@ async fn main() -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let received = tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => break signal?,
             received = consumer.recv() => received,
         };

@@ -117,6 +117,8 @@ async fn consume(brokers: &str) -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let received = tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => break signal?,
             _ = commit.tick() => {
                 let positions = list(&ledger.pages().positions(|_| true))?;

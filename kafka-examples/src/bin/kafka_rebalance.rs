@@ -128,6 +128,8 @@ async fn consume(brokers: &str, careful: bool) -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let received = tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => break signal?,
             received = consumer.recv() => received,
         };

@@ -125,6 +125,8 @@ async fn main() -> Result<()> {
     let mut stop = std::pin::pin!(tokio::signal::ctrl_c());
     while !ends.is_empty() {
         let received = tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => {
                 signal?;
                 println!("interrupted");

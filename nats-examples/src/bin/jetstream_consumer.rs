@@ -113,6 +113,8 @@ async fn consume(consumer: &PullConsumer, work: Duration) -> anyhow::Result<()> 
         };
         loop {
             let message = tokio::select! {
+                // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+                biased;
                 signal = &mut stop => {
                     signal?;
                     // It may have come in this moment. Given back, it need not wait for the ack wait.

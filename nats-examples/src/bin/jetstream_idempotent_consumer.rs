@@ -148,6 +148,8 @@ async fn consume(jetstream: &Context, consumer: &PullConsumer) -> anyhow::Result
             .await?;
         loop {
             let message = tokio::select! {
+                // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+                biased;
                 signal = &mut stop => {
                     signal?;
                     // Given back, what was fetched ahead need not wait for the ack wait.

@@ -83,6 +83,8 @@ async fn main() -> Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let read = tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => return Ok(signal?),
             read = async {
                 tick.tick().await;

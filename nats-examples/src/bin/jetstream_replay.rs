@@ -162,6 +162,8 @@ async fn follow(stream: &Stream) -> anyhow::Result<()> {
                 let mut messages = consumer.messages().await?;
                 loop {
                     let message = tokio::select! {
+                        // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+                        biased;
                         signal = &mut stop => break 'follow signal?,
                         message = messages.next() => message,
                     };

@@ -120,6 +120,8 @@ async fn work(stream: &Stream, name: &str) -> anyhow::Result<()> {
             .await?;
         loop {
             let job = tokio::select! {
+                // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+                biased;
                 signal = &mut stop => {
                     signal?;
                     if let Some(Some(Ok(job))) = jobs.next().now_or_never() {

@@ -95,6 +95,8 @@ async fn work(client: &Client, on_closed: &mut mpsc::Receiver<()>) -> anyhow::Re
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => break signal?,
             _ = terminate.recv() => break,
             request = requests.next() => {

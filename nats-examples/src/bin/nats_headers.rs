@@ -220,6 +220,8 @@ async fn receive(client: &Client) -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => break signal?,
             order = orders.next() => {
                 process(&order.context("the client closed the subscription")?, slow).await;

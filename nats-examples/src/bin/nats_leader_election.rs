@@ -100,6 +100,8 @@ async fn main() -> Result<()> {
         }
         // A key that expires is announced only from server 2.11 on, so this asks.
         tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => {
                 signal?;
                 println!("{name} waits no more");

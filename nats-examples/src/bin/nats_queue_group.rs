@@ -87,6 +87,8 @@ async fn join(client: &Client, name: &str) -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => break signal?,
             job = jobs.next() => {
                 work(name, &job.context("the client closed the subscription")?);

@@ -115,6 +115,8 @@ async fn run(client: &Client) -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => break signal?,
             message = ticks.next() => {
                 counts.note(&message.context("the client closed the subscription")?.payload);

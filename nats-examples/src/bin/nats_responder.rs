@@ -58,6 +58,8 @@ async fn main() -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => break signal?,
             request = requests.next() => {
                 let request = request.context("the client closed the subscription")?;

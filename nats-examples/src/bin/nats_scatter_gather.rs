@@ -117,6 +117,8 @@ async fn offer(client: &Client, name: &str, price: u32) -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => break signal?,
             question = questions.next() => {
                 let question = question.context("the client closed the subscription")?;

@@ -83,6 +83,8 @@ async fn main() -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let message = tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => break signal?,
             // The stream ends when the client has given up reconnecting. To leave the loop then, as for a normal end,
             // would hide it.

@@ -113,6 +113,8 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>, name: &str, wait: bool) -> anyh
         }
         said = true;
         tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => return Ok(signal?),
             _ = sleep(Duration::from_millis(500)) => {}
         }

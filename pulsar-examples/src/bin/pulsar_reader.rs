@@ -136,6 +136,8 @@ async fn read(pulsar: &Pulsar<TokioExecutor>, from: MessageIdData) -> anyhow::Re
     }
     loop {
         let message = tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => break signal?,
             message = reader.try_next() => message?.context("lost the connection to the broker")?,
         };

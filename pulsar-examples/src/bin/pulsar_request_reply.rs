@@ -127,6 +127,8 @@ async fn serve(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let request = tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => break signal?,
             request = requests.try_next() => request?.context("lost the connection to the broker")?,
         };

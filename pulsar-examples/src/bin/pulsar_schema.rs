@@ -187,6 +187,8 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let message = tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => break signal?,
             message = consumer.try_next() => message?.context("lost the connection to the broker")?,
         };

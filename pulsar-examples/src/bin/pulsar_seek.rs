@@ -168,6 +168,8 @@ async fn read(pulsar: &Pulsar<TokioExecutor>, count: Option<u32>) -> anyhow::Res
     let mut read = 0;
     while count.is_none_or(|count| read < count) {
         let message = tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
             signal = &mut stop => { signal?; break }
             message = consumer.try_next() => message?.context("lost the connection to the broker")?,
         };
