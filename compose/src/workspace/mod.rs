@@ -362,6 +362,7 @@ name = "scenarios"
 edition.workspace = true
 [package.metadata.lab.bin.pipeline]
 services = ["kafka", "opensearch"]
+nodes = 2
 [features]
 default = ["more"]
 more = []
