@@ -7,13 +7,13 @@
 //! 1$ cargo lab run pulsar_delayed_delivery
 //! subscribed; Ctrl-C to stop
 //! 2$ cargo lab run pulsar_delayed_delivery send
-//! stored: at-3s
+//! stored: at-5s
 //! stored: after-2s
 //! stored: at-once
 //! 1:
 //! at-once: not delayed
 //! after-2s: [..] ms after its time
-//! at-3s: [..] ms after its time
+//! at-5s: [..] ms after its time
 //! 1^C
 //! closed; reminders: 3
 //! 2$ cargo lab run pulsar_delayed_delivery exclusive
@@ -60,11 +60,11 @@ async fn main() -> anyhow::Result<()> {
 async fn send(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
     let topic = format!("persistent://{TOPIC}");
     let mut producer = pulsar.producer().with_topic(topic).build().await?;
-    let at = SystemTime::now() + Duration::from_secs(3);
-    for name in ["at-3s", "after-2s", "at-once"] {
+    let at = SystemTime::now() + Duration::from_secs(5);
+    for name in ["at-5s", "after-2s", "at-once"] {
         let message = producer.create_message().with_content(name);
         let message = match name {
-            "at-3s" => message.deliver_at(at)?,
+            "at-5s" => message.deliver_at(at)?,
             "after-2s" => message.delay(Duration::from_secs(2))?,
             _ => message,
         };

@@ -23,14 +23,17 @@
 //! 1$ cargo lab run pulsar_geo_replication
 //! ...
 //! standalone-2: order-1, published in standalone
+//! ...
 //! 1^C
-//! standalone-2: closed, orders: 1
+//! ...
+//! standalone-2: closed, orders: [..]
 //! ```
 //!
-//! Notice: a receipt says that the order is stored in its own cluster, and nothing of the other. A cluster that is lost
-//! for good takes with it what was not copied yet. The clusters copy messages, not positions: a subscription of the
-//! same name in the other cluster stands somewhere else. And what arrives where no subscription holds it is deleted, so
-//! subscribe in the other cluster first. The wait for copies is a backlog of its own, of `replication` in the stats.
+//! Notice: a broker that was killed may have forgotten the last acks, so earlier orders can come again. A receipt says
+//! that the order is stored in its own cluster, and nothing of the other. A cluster that is lost for good takes with it
+//! what was not copied yet. The clusters copy messages, not positions: a subscription of the same name in the other
+//! cluster stands somewhere else. And what arrives where no subscription holds it is deleted, so subscribe in the other
+//! cluster first. The wait for copies is a backlog of its own, of `replication` in the stats.
 //!
 //! Try: kill -9 the first broker right after a `send 1000`, restart it: all of them arrive.
 //!

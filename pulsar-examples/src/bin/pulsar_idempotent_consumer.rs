@@ -48,7 +48,7 @@ use pulsar::consumer::{InitialPosition, Message};
 use pulsar::{Consumer, ConsumerOptions, ProducerOptions, Pulsar, SubType, TokioExecutor};
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 use serde::{Deserialize, Serialize};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 const TOPIC: &str = "public/default/idempotent-payments";
 const SUBSCRIPTION: &str = "idempotent-payments";
@@ -119,7 +119,25 @@ async fn deduplicate(pulsar: &Pulsar<TokioExecutor>, admin: &str) -> anyhow::Res
             answer.text().await?
         );
     }
-    Ok(())
+    await_deduplication(admin).await
+}
+
+/// The policy takes a moment to reach the topic; until then, nothing is dropped. In force it shows as a cursor.
+async fn await_deduplication(admin: &str) -> anyhow::Result<()> {
+    let url = format!("{admin}/admin/v2/persistent/{TOPIC}/internalStats");
+    let in_force = async {
+        loop {
+            let stats = reqwest::get(&url).await?.error_for_status()?;
+            if stats.text().await?.contains("pulsar.dedup") {
+                return anyhow::Ok(());
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(RECEIPT, in_force)
+        .await
+        .with_context(|| format!("the deduplication is not in force after a minute; see {url}"))?
+        .with_context(|| format!("cannot ask {url}"))
 }
 
 async fn send(
