@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result};
 use compose::{Broker, Service};
 
-use crate::shared::{Place, SOON, vhost};
+use crate::shared::{Place, SOON, settle, vhost};
 
 const PUBLISHER: &str = env!("CARGO_BIN_EXE_rabbitmq_publisher_confirms");
 const QUEUE: &str = "publisher-confirms";
@@ -60,6 +60,9 @@ async fn each_way_confirms_all_and_they_are_in_the_queue() -> Result<()> {
 #[tokio::test]
 async fn sigkill_of_the_broker_leaves_no_doubt_about_what_is_in_doubt() -> Result<()> {
     let rabbitmq = Broker::private(Service::RabbitMq)?;
+    let place = Place::of(&rabbitmq).await?;
+    place.run(PUBLISHER, &["10", "batches"])?.ok()?;
+    settle(&rabbitmq)?;
     for way in ["batches", "streaming"] {
         let place = Place::of(&rabbitmq).await?;
         let mut publisher = place.example(PUBLISHER).args(["10000000", way]).spawn()?;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use compose::harness::Finished;
 use compose::{Broker, Service};
 
-use crate::shared::{Place, SOON};
+use crate::shared::{Place, SOON, settle};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_reconnect");
 const QUEUE: &str = "reconnect";
@@ -29,7 +29,9 @@ fn books(ended: &Finished) -> Result<BTreeMap<String, u64>> {
 }
 
 /// Lets it publish, breaks the broker under it, lets it recover; several times.
-fn ordeal(rabbitmq: &Broker, argument: &[&str]) -> Result<Finished> {
+async fn ordeal(rabbitmq: &Broker, argument: &[&str]) -> Result<Finished> {
+    Place::of(rabbitmq).await?.declare(QUEUE).await?;
+    settle(rabbitmq)?;
     let mut program = compose::harness::Example::new(PROGRAM)
         .args(argument)
         .broker(rabbitmq)
@@ -48,7 +50,7 @@ fn ordeal(rabbitmq: &Broker, argument: &[&str]) -> Result<Finished> {
 #[tokio::test]
 async fn nothing_confirmed_is_lost_and_what_is_there_twice_was_in_doubt() -> Result<()> {
     let rabbitmq = Broker::private(Service::RabbitMq)?;
-    let ended = ordeal(&rabbitmq, &["publish"])?;
+    let ended = ordeal(&rabbitmq, &["publish"]).await?;
     let books = books(&ended)?;
     let (attempted, acked, doubtful) = (books["attempted"], books["acked"], books["indeterminate"]);
     // All was confirmed in the end, so each must be there.
@@ -79,7 +81,7 @@ async fn nothing_confirmed_is_lost_and_what_is_there_twice_was_in_doubt() -> Res
 #[tokio::test]
 async fn both_sides_go_on_and_all_that_was_confirmed_is_handled() -> Result<()> {
     let rabbitmq = Broker::private(Service::RabbitMq)?;
-    let ended = ordeal(&rabbitmq, &[])?;
+    let ended = ordeal(&rabbitmq, &[]).await?;
     let books = books(&ended)?;
     println!("{books:?}");
     assert_eq!(books["acked"], books["attempted"], "{}", ended.stdout);

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use compose::harness::{Finished, Running};
 use compose::{Broker, Service};
 
-use crate::shared::{Place, SOON, vhost};
+use crate::shared::{Place, SOON, settle, vhost};
 
 const TASK: &str = "Task: Process order #123";
 
@@ -80,6 +80,11 @@ async fn a_body_that_is_no_task_is_kept_aside_and_does_not_block() -> Result<()>
 async fn a_confirmed_task_survives_sigkill_of_the_broker_and_the_receiver_says_that_it_is_gone()
 -> Result<()> {
     let rabbitmq = Broker::private(Service::RabbitMq)?;
+    let place = Place::of(&rabbitmq).await?;
+    let mut declares = receiver(&place)?;
+    declares.interrupt()?;
+    declares.wait(SOON)?.ok()?;
+    settle(&rabbitmq)?;
     let place = Place::of(&rabbitmq).await?;
     let mut receiver = receiver(&place)?;
     receiver.pause()?;

@@ -43,6 +43,14 @@ fn management(broker: &Broker) -> Result<String> {
         .context("no management address")
 }
 
+/// Has the broker write down what it has declared so far.
+///
+/// It does so a moment late: a queue that is killed with its broker right after its declaration is gone, with all that was
+/// confirmed in it. An orderly stop writes everything.
+pub fn settle(broker: &Broker) -> Result<()> {
+    broker.restart(1)
+}
+
 /// An empty virtual host of the broker that all tests share.
 pub async fn vhost() -> Result<Place> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -109,6 +117,15 @@ impl Place {
         let mut running = self.example(program).args(args).spawn()?;
         running.wait_for(ready, SOON)?;
         Ok(running)
+    }
+
+    /// A durable queue without arguments.
+    pub async fn declare(&self, queue: &str) -> Result<()> {
+        let durable = QueueDeclareOptions::durable();
+        self.channel
+            .queue_declare(queue.into(), durable, FieldTable::default())
+            .await?;
+        Ok(())
     }
 
     /// Into the queue of that name, confirmed.
