@@ -48,7 +48,7 @@ fn copies_of(package: &str) {
             }
         }
     }
-    let manifest = "[workspace]\nresolver = \"3\"\nmembers = [\"*\"]\n";
+    let manifest = format!("[workspace]\nresolver = \"3\"\nmembers = {names:?}\n");
     fs::write(all.join("Cargo.toml"), manifest).unwrap();
     check(&all, workspace.target_directory()).unwrap();
 }
