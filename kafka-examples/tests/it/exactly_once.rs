@@ -306,7 +306,11 @@ async fn what_is_no_order_is_dead_lettered_once_and_holds_up_nothing() -> Result
         assert_eq!(names, ["reason", "topic", "partition", "offset"]);
     }
     let lines = worker.lines();
-    let aborts = lines.iter().filter(|line| line.starts_with("aborted, "));
-    assert_eq!(aborts.count(), bad.len(), "{lines:?}");
+    // A session that ended in between has aborted the same once more.
+    let aborts: BTreeSet<_> = lines
+        .iter()
+        .filter(|line| line.starts_with("aborted, "))
+        .collect();
+    assert_eq!(aborts.len(), bad.len(), "{lines:?}");
     Ok(())
 }
