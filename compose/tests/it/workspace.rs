@@ -165,9 +165,7 @@ fn a_copy_needs_an_empty_place() {
     let file = folder.path().join("notes.txt");
     fs::write(&file, "mine").unwrap();
     let refused = |path: &Path| workspace.new_project(name, path).unwrap_err().to_string();
-    assert!(
-        refused(&folder.path().to_owned()).ends_with("is not empty; name a new or an empty folder")
-    );
+    assert!(refused(folder.path()).ends_with("is not empty; name a new or an empty folder"));
     assert!(refused(&file).ends_with("is a file; name a new or an empty folder"));
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
