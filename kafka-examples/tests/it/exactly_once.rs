@@ -7,10 +7,11 @@ use anyhow::{Context, Result, ensure};
 use compose::harness::{Example, Running, kill_kafka_between_commits};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
-use rdkafka::message::{Headers, OwnedMessage};
+use rdkafka::message::Headers;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+
+use crate::reader::read;
 
 const SOON: Duration = Duration::from_secs(60);
 const ORDERS: &str = "exactly-once.orders";
@@ -86,32 +87,6 @@ fn judge(kafka: &Broker, isolation: &str) -> Result<BaseConsumer> {
         .set("enable.partition.eof", "true")
         .set("isolation.level", isolation)
         .create()?)
-}
-
-/// All that a reader with this isolation sees, in the order of each partition.
-fn read(kafka: &Broker, topic: &str, isolation: &str) -> Result<Vec<OwnedMessage>> {
-    let reader = judge(kafka, isolation)?;
-    let metadata = reader.fetch_metadata(Some(topic), SOON)?;
-    let partitions = metadata.topics()[0].partitions().len();
-    let mut all = TopicPartitionList::new();
-    for partition in 0..i32::try_from(partitions)? {
-        all.add_partition_offset(topic, partition, Offset::Beginning)?;
-    }
-    reader.assign(&all)?;
-    let (mut records, mut ends) = (Vec::new(), BTreeSet::new());
-    let deadline = Instant::now() + SOON;
-    while ends.len() < partitions {
-        ensure!(Instant::now() < deadline, "cannot read {topic} to its end");
-        match reader.poll(Duration::from_secs(1)) {
-            Some(Ok(record)) => records.push(record.detach()),
-            Some(Err(KafkaError::PartitionEOF(partition))) => {
-                ends.insert(partition);
-            }
-            Some(Err(error)) => return Err(error.into()),
-            None => {}
-        }
-    }
-    Ok(records)
 }
 
 /// Waits until the group has committed the end of all orders.

@@ -7,10 +7,11 @@ use anyhow::{Context, Result, ensure};
 use compose::harness::{Example, Running, kill_kafka_between_commits};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
 use rdkafka::message::{Headers, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+
+use crate::reader::read;
 
 const SOON: Duration = Duration::from_secs(60);
 const VIEWS: &str = "page-views";
@@ -31,35 +32,6 @@ fn aggregation(kafka: &Broker, idle_ms: &str) -> Result<Running> {
         .env("BATCH", "5")
         .broker(kafka)
         .spawn()
-}
-
-fn read(kafka: &Broker, topic: &str, isolation: &str) -> Result<Vec<OwnedMessage>> {
-    let reader: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .set("group.id", "judge")
-        .set("enable.auto.commit", "false")
-        .set("enable.partition.eof", "true")
-        .set("isolation.level", isolation)
-        .create()?;
-    let mut all = TopicPartitionList::new();
-    for partition in 0..2 {
-        all.add_partition_offset(topic, partition, Offset::Beginning)?;
-    }
-    reader.assign(&all)?;
-    let (mut records, mut ends) = (Vec::new(), BTreeSet::new());
-    let deadline = Instant::now() + SOON;
-    while ends.len() < 2 {
-        ensure!(Instant::now() < deadline, "cannot read {topic} to its end");
-        match reader.poll(Duration::from_secs(1)) {
-            Some(Ok(record)) => records.push(record.detach()),
-            Some(Err(KafkaError::PartitionEOF(partition))) => {
-                ends.insert(partition);
-            }
-            Some(Err(error)) => return Err(error.into()),
-            None => {}
-        }
-    }
-    Ok(records)
 }
 
 /// The number after `"name":`.
