@@ -11,20 +11,28 @@ use anyhow::{Context, Result, ensure};
 use compose::Service;
 use compose::workspace::Workspace;
 
-/// `cargo lab new` for every example of a package, then `cargo check` of all that came out, as members of one workspace.
+/// `cargo lab new` for every example, package by package, then `cargo check` of all that came out, as members of one workspace.
 ///
 /// Each compiles against what its own manifest lists, so a dependency that is missing there is noticed. That they share
 /// a build saves ten minutes, and hides one thing: a feature that only another copy's dependencies turn on. So the first of
 /// each package is also checked alone, as a reader with nothing but Rust would.
-fn copies_of(package: &str) {
+#[test]
+fn every_example_builds_as_a_project_of_its_own() {
     let workspace = Workspace::load().unwrap();
-    let names: Vec<&str> = workspace
-        .examples()
-        .iter()
-        .filter(|example| example.package == package)
-        .map(|example| example.name.as_str())
-        .collect();
-    assert!(!names.is_empty(), "{package} has no examples");
+    let groups = workspace.groups();
+    assert!(!groups.is_empty());
+    for group in groups {
+        let names: Vec<&str> = group
+            .examples
+            .iter()
+            .map(|example| example.name.as_str())
+            .collect();
+        check_copies(&workspace, &names);
+        eprintln!("copies of the examples of {} ... ok", group.title);
+    }
+}
+
+fn check_copies(workspace: &Workspace, names: &[&str]) {
     // Outside of the workspace, whose cargo settings would help.
     let folder = tempfile::tempdir().unwrap();
     let alone = folder.path().join(names[0]);
@@ -32,7 +40,7 @@ fn copies_of(package: &str) {
     check(&alone, workspace.target_directory()).unwrap();
 
     let all = folder.path().join("all");
-    for name in &names {
+    for name in names {
         let project = all.join(name);
         workspace.new_project(name, &project).unwrap();
         let manifest = project.join("Cargo.toml");
@@ -51,31 +59,6 @@ fn copies_of(package: &str) {
     let manifest = format!("[workspace]\nresolver = \"3\"\nmembers = {names:?}\n");
     fs::write(all.join("Cargo.toml"), manifest).unwrap();
     check(&all, workspace.target_directory()).unwrap();
-}
-
-#[test]
-fn every_example_of_kafka_builds_as_a_project_of_its_own() {
-    copies_of("kafka-examples");
-}
-
-#[test]
-fn every_example_of_rabbitmq_builds_as_a_project_of_its_own() {
-    copies_of("rabbitmq-examples");
-}
-
-#[test]
-fn every_example_of_nats_builds_as_a_project_of_its_own() {
-    copies_of("nats-examples");
-}
-
-#[test]
-fn every_example_of_pulsar_builds_as_a_project_of_its_own() {
-    copies_of("pulsar-examples");
-}
-
-#[test]
-fn every_scenario_builds_as_a_project_of_its_own() {
-    copies_of("scenarios");
 }
 
 /// With the workspace's target folder, where most dependencies may have been checked already.
