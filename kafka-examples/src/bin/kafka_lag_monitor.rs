@@ -237,8 +237,12 @@ impl Monitor {
     }
 }
 
-/// One line per partition whose backlog has changed.
+/// One line per partition whose backlog has changed, and one per partition of which nothing is known any more: the
+/// group was deleted, or its positions have expired. A broker that has just started may list no groups for a moment.
 fn report(before: &Lags, now: &Lags) {
+    for (group, topic, partition) in before.keys().filter(|at| !now.contains_key(at)) {
+        println!("gone: {group} has no position on {topic}/{partition}");
+    }
     for (at @ (group, topic, partition), backlog) in now {
         if before.get(at) == Some(backlog) {
             continue;
@@ -259,13 +263,13 @@ fn report(before: &Lags, now: &Lags) {
     }
 }
 
-/// Per group and topic: says when the sum passes the threshold, and when it is back. In between it is silent.
+/// Per group and topic: says when the sum passes the threshold, and when it is back. In between it is silent. A group
+/// that is gone has not recovered, so its warning stands until it is seen again.
 fn alarm(now: &Lags, threshold: i64, warned: &mut BTreeSet<(String, String)>) {
     let mut sums: BTreeMap<(String, String), i64> = BTreeMap::new();
     for ((group, topic, _), backlog) in now {
         *sums.entry((group.clone(), topic.clone())).or_default() += backlog.lag();
     }
-    warned.retain(|of| sums.contains_key(of));
     for (of @ (group, topic), lag) in &sums {
         if *lag > threshold && warned.insert(of.clone()) {
             println!(

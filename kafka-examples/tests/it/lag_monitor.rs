@@ -94,6 +94,14 @@ async fn it_is_right_without_members_and_without_a_commit_and_through_an_outage(
     produce(&kafka, 1, 1).await?;
     monitor.wait_for("WARNING: sleepers is 71 behind on work", SOON)?;
 
+    // A group that the broker does not list, as for a moment after its start, has not recovered.
+    admin(&kafka)?
+        .delete_groups(&["sleepers"], &AdminOptions::new())
+        .await?;
+    monitor.wait_for("gone: sleepers has no position on work/1", SOON)?;
+    commit(&kafka, 0, 10)?;
+    monitor.wait_for("sleepers work/0: position 10, end 50, lag 40", SOON)?;
+
     kafka.kill(1)?;
     monitor.wait_for("lag unknown: ", SOON)?;
     kafka.restart(1)?;
