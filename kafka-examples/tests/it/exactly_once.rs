@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running, kill_kafka_between_commits};
+use compose::harness::{Example, Running};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::Headers;
@@ -198,7 +198,7 @@ async fn each_order_once_over_kills_and_a_restart_of_the_broker() -> Result<()> 
     }
     let mut worker = worker(&kafka)?;
     worker.wait_for("committed: ", SOON)?;
-    kill_kafka_between_commits(&kafka, &mut [&mut worker])?;
+    kafka.kill(1)?;
     kafka.restart(1)?;
     produce_orders(&kafka, 2500..3000).await?;
     wait_until_done(&kafka, &mut worker)?;

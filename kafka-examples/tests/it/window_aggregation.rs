@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running, kill_kafka_between_commits};
+use compose::harness::{Example, Running};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, OwnedMessage};
@@ -163,7 +163,7 @@ fn over_kills_and_a_restart_each_view_counts_once_or_is_rejected() -> Result<()>
         running.kill()?;
         running.wait(SOON)?;
         if round == 2 {
-            kill_kafka_between_commits(&kafka, &mut [])?;
+            kafka.kill(1)?;
             kafka.restart(1)?;
         }
     }

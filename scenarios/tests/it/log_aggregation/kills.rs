@@ -7,7 +7,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use compose::harness::kill_kafka_between_commits;
 use compose::{Broker, Service};
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -96,7 +95,7 @@ fn every_line_is_one_document_whatever_is_killed() -> Result<()> {
     );
 
     // Kafka, in the middle of what the aggregator does.
-    kill_kafka_between_commits(&kafka, &mut [&mut aggregating])?;
+    kafka.kill(1)?;
     nap(500);
     kafka.restart(1)?;
     let audit = || {

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Running, kill_kafka_between_commits};
+use compose::harness::Running;
 use compose::{Broker, Service};
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
@@ -70,14 +70,7 @@ fn survives_kills_of_every_part_and_of_kafka() -> Result<()> {
     for (kill, mut part) in plan.into_iter().enumerate() {
         let begun = Instant::now();
         if kill == kafka_dies_at {
-            let mut running = Vec::new();
-            for program in pipeline.running.values_mut() {
-                // `place` may be through.
-                if program.try_wait()?.is_none() {
-                    running.push(program);
-                }
-            }
-            kill_kafka_between_commits(&kafka, &mut running)?;
+            kafka.kill(1)?;
             thread::sleep(Duration::from_millis(random.u64(0..3000)));
             kafka.restart(1)?;
         }
