@@ -24,13 +24,15 @@
 
 pub mod transcript;
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::Once;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
@@ -541,28 +543,6 @@ fn exit_code(status: ExitStatus) -> i32 {
         .unwrap_or_else(|| 128 + status.signal().unwrap_or_default())
 }
 
-/// Kills Kafka's only node while these programs have transactions open, but none that is decided and not yet finished.
-///
-/// A coordinator that has recorded a commit, and dies before it has written the markers of that to the partitions, writes
-/// them when it is back. Not so where the node is the only one: it is fenced in the midst of its start, as the session
-/// of its former life ends, and Kafka 4.3 then takes the partitions for deleted ("these partitions are likely deleted already
-/// and hence can be skipped"). The transaction stays open for good, and whoever reads what is committed waits for ever.
-/// No client can help that, so the programs are frozen for as long as it takes to finish what is decided.
-///
-/// # Errors
-/// A program had ended before, or the system refuses.
-pub fn kill_kafka_between_commits(kafka: &Broker, programs: &mut [&mut Running]) -> Result<()> {
-    for program in programs.iter_mut() {
-        program.pause()?;
-    }
-    thread::sleep(Duration::from_secs(1));
-    kafka.kill(1)?;
-    for program in programs.iter_mut() {
-        program.resume()?;
-    }
-    Ok(())
-}
-
 /// Starts each program where no broker listens, and requires that it ends with status 1 and one error, which names the
 /// address and the command that starts the service, with nothing printed before, and without hanging.
 ///
@@ -627,7 +607,7 @@ pub fn transcripts(package: &str, binary: &str) {
 pub fn transcripts_with(
     package: &str,
     binary: &str,
-    supply: impl Fn(&ExampleInfo) -> Result<Vec<Broker>>,
+    supply: impl Fn(&ExampleInfo) -> Result<Vec<Broker>> + Sync,
 ) {
     let all = || {
         let workspace = Workspace::load()?;
@@ -693,6 +673,9 @@ impl Surroundings for Vec<Broker> {
     }
 }
 
+/// How many transcripts run side by side. Most of their time is a broker's start, and waiting for what they show.
+const AT_ONCE: usize = 2;
+
 struct Suite<'a> {
     root: &'a Path,
     examples: Vec<&'a ExampleInfo>,
@@ -705,7 +688,7 @@ impl Suite<'_> {
     fn run<S: Surroundings>(
         &self,
         filter: &str,
-        supply: impl Fn(&ExampleInfo) -> Result<S>,
+        supply: impl Fn(&ExampleInfo) -> Result<S> + Sync,
     ) -> Result<()> {
         let chosen: Vec<&ExampleInfo> = self
             .examples
@@ -718,30 +701,41 @@ impl Suite<'_> {
             !chosen.is_empty() || !filter.is_empty(),
             "the package has no examples"
         );
-        let mut failures = Vec::new();
-        for example in &chosen {
-            let started = Instant::now();
-            let result = self.run_example(example, &supply);
-            let verdict = if result.is_ok() { "true" } else { "FALSE" };
-            eprintln!(
-                "transcript of {} ... {verdict} ({:.1} s)",
-                example.name,
-                started.elapsed().as_secs_f64()
-            );
-            if let Err(failure) = result {
-                let file = example
-                    .source
-                    .strip_prefix(self.root)
-                    .unwrap_or(&example.source);
-                failures.push(format!("{}:{failure}", file.display()));
+        let (next, failures) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+        let work = || {
+            loop {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                let Some(example) = chosen.get(at) else { break };
+                let started = Instant::now();
+                let result = self.run_example(example, &supply);
+                let verdict = if result.is_ok() { "true" } else { "FALSE" };
+                eprintln!(
+                    "transcript of {} ... {verdict} ({:.1} s)",
+                    example.name,
+                    started.elapsed().as_secs_f64()
+                );
+                if let Err(failure) = result {
+                    let file = example.source.strip_prefix(self.root);
+                    let file = file.unwrap_or(&example.source).display();
+                    let mut failures = failures.lock().unwrap_or_else(PoisonError::into_inner);
+                    failures.insert(at, format!("{file}:{failure}"));
+                }
             }
-        }
+        };
+        thread::scope(|scope| {
+            for _ in 0..AT_ONCE {
+                scope.spawn(work);
+            }
+        });
+        let failures = failures
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
         ensure!(
             failures.is_empty(),
             "{} of {} examples don't do what their headers say\n\n{}\n",
             failures.len(),
             chosen.len(),
-            failures.join("\n\n")
+            failures.into_values().collect::<Vec<_>>().join("\n\n")
         );
         Ok(())
     }
@@ -795,12 +789,12 @@ impl Suite<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::RefCell;
+    use std::sync::Mutex;
 
     use super::*;
 
     /// Notes what was asked of it.
-    struct Notes<'a>(&'a RefCell<Vec<String>>);
+    struct Notes<'a>(&'a Mutex<Vec<String>>);
 
     impl Surroundings for Notes<'_> {
         fn env(&self) -> Vec<(String, String)> {
@@ -809,7 +803,8 @@ mod tests {
 
         fn fault(&self, fault: Fault, service: &str, node: u16) -> Result<()> {
             self.0
-                .borrow_mut()
+                .lock()
+                .unwrap()
                 .push(format!("{fault:?} {service} {node}"));
             Ok(())
         }
@@ -830,7 +825,7 @@ mod tests {
         }
     }
 
-    fn run(examples: &[ExampleInfo], filter: &str, notes: &RefCell<Vec<String>>) -> Result<()> {
+    fn run(examples: &[ExampleInfo], filter: &str, notes: &Mutex<Vec<String>>) -> Result<()> {
         let suite = Suite {
             root: Path::new("/workspace"),
             examples: examples.iter().collect(),
@@ -842,7 +837,7 @@ mod tests {
 
     #[test]
     fn all_failures_are_reported_together_with_file_and_line() {
-        let notes = RefCell::default();
+        let notes = Mutex::default();
         let examples = [
             example(
                 "sh",
@@ -872,12 +867,12 @@ mod tests {
             assert!(error.contains(part), "{part:?} is missing in:\n{error}");
         }
         assert!(!error.contains("sh.rs"), "{error}");
-        assert_eq!(notes.into_inner(), ["Kill nats 2"]);
+        assert_eq!(notes.into_inner().unwrap(), ["Kill nats 2"]);
     }
 
     #[test]
     fn the_filter_chooses() {
-        let notes = RefCell::default();
+        let notes = Mutex::default();
         let examples = [
             example("true", "A.\n```console\n$ cargo run --bin true\n```\n"),
             example("false", "B.\n```console\n$ cargo run --bin false\n```\n"),
@@ -899,7 +894,7 @@ mod tests {
 
     #[test]
     fn the_blocks_of_a_header_follow_one_another() {
-        let notes = RefCell::default();
+        let notes = Mutex::default();
         let blocks = "A.\n```console\n$ cargo run --bin sh -- -c 'echo >flag'\n```\n\
                       Then:\n```console\n$ cargo run --bin sh -- -c 'test -e flag && echo there'\nthere\n```\n";
         run(&[example("sh", blocks)], "", &notes).unwrap();

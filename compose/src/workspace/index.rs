@@ -1,4 +1,4 @@
-//! The tables of examples in the READMEs, made from the headers.
+//! What is made from the examples: the tables in the READMEs, and the lists of binaries in the manifests.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -8,8 +8,9 @@ use anyhow::{Context, Result, bail};
 
 use super::{Group, Workspace};
 
-const START: &str = "<!-- index -->";
-const END: &str = "<!-- /index -->";
+/// The lines around what is made.
+const README: [&str; 2] = ["<!-- index -->", "<!-- /index -->"];
+const MANIFEST: [&str; 2] = ["# index", "# /index"];
 
 impl Workspace {
     /// The examples as Markdown: one table for a package with links relative to its folder, or for `None` a heading
@@ -35,7 +36,8 @@ impl Workspace {
     }
 
     /// Writes the index between the lines `<!-- index -->` and `<!-- /index -->` of `README.md` and of each example
-    /// package's `README.md`. Returns the files that were not up to date; with `check` they are left as they are.
+    /// package's `README.md`, and the list of binaries between `# index` and `# /index` of those `Cargo.toml` that have
+    /// such lines. Returns the files that were not up to date; with `check` they are left as they are.
     ///
     /// # Errors
     /// An example has no header, `[package.metadata.lab.bin]` names a binary that does not exist, or a `README.md` is
@@ -68,16 +70,23 @@ impl Workspace {
             }
         }
 
-        let mut files = vec![(self.root.join("README.md"), self.index(None))];
+        let mut files = vec![(self.root.join("README.md"), README, self.index(None))];
         for group in self.groups() {
+            let folder = self.folder(group.package);
             files.push((
-                self.folder(group.package).join("README.md"),
+                folder.join("README.md"),
+                README,
                 self.index(Some(group.package)),
             ));
+            let manifest = folder.join("Cargo.toml");
+            let text = fs::read_to_string(&manifest).unwrap_or_default();
+            if text.lines().any(|line| line == MANIFEST[0]) {
+                files.push((manifest, MANIFEST, binaries(&group)));
+            }
         }
         let mut stale = Vec::new();
-        for (path, index) in files {
-            match refreshed(&path, &index) {
+        for (path, markers, index) in files {
+            match refreshed(&path, markers, &index) {
                 Ok(Some(text)) => stale.push((path, text)),
                 Ok(None) => {}
                 Err(error) => faults.push(format!("{error:#}")),
@@ -135,31 +144,43 @@ impl Workspace {
     }
 }
 
+/// For the manifest: cargo would build an empty test program for each example, as large as the example itself.
+fn binaries(group: &Group<'_>) -> String {
+    let mut text = String::from("bin = [\n");
+    for example in &group.examples {
+        let _ = writeln!(text, "    {{ name = \"{}\", test = false }},", example.name);
+    }
+    text.push_str("]\n");
+    text
+}
+
 /// The text of the file with this index in it, or `None` if that is what the file says.
-fn refreshed(path: &Path, index: &str) -> Result<Option<String>> {
+fn refreshed(path: &Path, markers: [&str; 2], index: &str) -> Result<Option<String>> {
     let old = fs::read_to_string(path)
         .with_context(|| format!("cannot read {}, where the index belongs", path.display()))?;
-    let new = filled(&old, index).with_context(|| {
+    let new = filled(&old, markers, index).with_context(|| {
         format!(
-            "{}: add the lines {START} and {END} where the index belongs",
-            path.display()
+            "{}: add the lines {} and {} where the index belongs",
+            path.display(),
+            markers[0],
+            markers[1]
         )
     })?;
     Ok((new != old).then_some(new))
 }
 
 /// `text` with `index` between the two marker lines.
-fn filled(text: &str, index: &str) -> Option<String> {
+fn filled(text: &str, [start, end]: [&str; 2], index: &str) -> Option<String> {
     let mut lines = text.split_inclusive('\n');
     let mut new = String::with_capacity(text.len() + index.len());
     loop {
         let line = lines.next()?;
         new.push_str(line);
-        if line.trim_end() == START {
+        if line.trim_end() == start {
             break;
         }
     }
-    let end = lines.find(|line| line.trim_end() == END)?;
+    let end = lines.find(|line| line.trim_end() == end)?;
     // Without the empty lines a Markdown reader would take the markers for a part of the table.
     let _ = write!(new, "\n{index}\n{end}");
     new.extend(lines);
@@ -189,6 +210,7 @@ mod tests {
         let all = [
             "README.md",
             "nats-examples/README.md",
+            "nats-examples/Cargo.toml",
             "scenarios/README.md",
         ];
         assert_eq!(names(workspace.write_indexes(true).unwrap()), all);
@@ -205,6 +227,11 @@ mod tests {
             fixture.read("nats-examples/README.md"),
             "<!-- index -->\n\n| Example | What it shows |\n|---|---|\n| [`nats_a`](src/bin/nats_a.rs) | First |\n\
              | [`nats_b`](src/bin/nats_b.rs) | Second \\| last |\n\n<!-- /index -->\n"
+        );
+        assert!(
+            fixture
+                .read("nats-examples/Cargo.toml")
+                .starts_with("# index\n\nbin = [\n    { name = \"nats_a\", test = false },\n    { name = \"nats_b\", test = false },\n]\n\n# /index\n"),
         );
         assert_eq!(
             fixture.read("README.md"),
@@ -252,18 +279,21 @@ mod tests {
     fn only_what_is_between_the_markers_changes() {
         let text =
             "The index stands after `<!-- index -->`.\n\n<!-- index -->\nold\n<!-- /index -->\nend";
-        let new = filled(text, "| new |\n").unwrap();
+        let new = filled(text, README, "| new |\n").unwrap();
         assert_eq!(
             new,
             "The index stands after `<!-- index -->`.\n\n<!-- index -->\n\n| new |\n\n<!-- /index -->\nend"
         );
-        assert_eq!(filled(&new, "| new |\n").unwrap(), new);
+        assert_eq!(filled(&new, README, "| new |\n").unwrap(), new);
     }
 
     #[test]
     fn both_markers_are_needed() {
-        assert_eq!(filled("<!-- index -->\nold\n", ""), None);
-        assert_eq!(filled("old\n<!-- /index -->\n", ""), None);
-        assert_eq!(filled("<!-- /index -->\n<!-- index -->\n", ""), None);
+        assert_eq!(filled("<!-- index -->\nold\n", README, ""), None);
+        assert_eq!(filled("old\n<!-- /index -->\n", README, ""), None);
+        assert_eq!(
+            filled("<!-- /index -->\n<!-- index -->\n", README, ""),
+            None
+        );
     }
 }

@@ -322,7 +322,8 @@ tool = { path = "tool" }
         ),
         (
             "nats-examples/Cargo.toml",
-            r#"
+            r#"# index
+# /index
 [package]
 name = "nats-examples"
 edition.workspace = true
