@@ -359,20 +359,44 @@ impl Running {
         self.signal(Signal::SIGCONT)
     }
 
-    /// SIGINT, as Ctrl-C sends it.
+    /// SIGINT, as Ctrl-C sends it; once the program listens for it, see [`Running::await_handler`].
     ///
     /// # Errors
     /// It had ended before.
     pub fn interrupt(&mut self) -> Result<()> {
+        self.await_handler(Signal::SIGINT)?;
         self.signal(Signal::SIGINT)
     }
 
-    /// SIGTERM, as service managers send it.
+    /// SIGTERM, as service managers send it; once the program listens for it, see [`Running::await_handler`].
     ///
     /// # Errors
     /// It had ended before.
     pub fn terminate(&mut self) -> Result<()> {
+        self.await_handler(Signal::SIGTERM)?;
         self.signal(Signal::SIGTERM)
+    }
+
+    /// Waits, for some seconds at most, until the program has a handler for the signal. It installs that a moment after it
+    /// has said that it is ready. No reader is so quick, but a test is, and would see the program end without a word.
+    /// Where the system does not tell, this returns at once.
+    ///
+    /// # Errors
+    /// It had ended before.
+    fn await_handler(&mut self, signal: Signal) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let status = format!("/proc/{}/status", self.process.pid());
+        while self.try_wait()?.is_none() && Instant::now() < deadline {
+            let text = std::fs::read_to_string(&status).unwrap_or_default();
+            let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+            let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+            match caught {
+                Some(mask) if mask & 1 << (signal as i32 - 1) == 0 => {}
+                _ => break,
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     /// Writes to its standard input, which [`Example::open_stdin`] has left open.

@@ -509,6 +509,19 @@ fn signals_reach_the_program() {
 }
 
 #[test]
+fn a_request_to_end_waits_until_the_program_listens() {
+    // Not SIGINT, for which the shell itself has a handler.
+    let script =
+        "echo ready; sleep 0.3; trap 'echo bye; exit 0' TERM; while :; do sleep 0.05; done";
+    let scripts = Scripts::new(&[("a", script)]);
+    let mut running = scripts.example("a").spawn().unwrap();
+    running.wait_for("ready", LIMIT).unwrap();
+    running.terminate().unwrap();
+    running.wait_for("bye", LIMIT).unwrap();
+    running.wait(LIMIT).unwrap().ok().unwrap();
+}
+
+#[test]
 fn dropping_kills() {
     let scripts = Scripts::new(&[("a", CONSUMER)]);
     let mut running = scripts.example("a").spawn().unwrap();
