@@ -11,36 +11,35 @@ use anyhow::{Context, Result, ensure};
 use compose::Service;
 use compose::workspace::Workspace;
 
-/// `cargo lab new` for every example, package by package, then `cargo check` of all that came out, as members of one workspace.
+/// `cargo lab new` for every example, then `cargo check` of all that came out, as members of one workspace.
 ///
 /// Each compiles against what its own manifest lists, so a dependency that is missing there is noticed. That they share
-/// a build saves ten minutes, and hides one thing: a feature that only another copy's dependencies turn on. So the first of
-/// each package is also checked alone, as a reader with nothing but Rust would.
+/// a build saves many minutes, and hides one thing: a feature that only another copy's dependencies turn on. So the first
+/// of each package is also checked alone, as a reader with nothing but Rust would.
 #[test]
 fn every_example_builds_as_a_project_of_its_own() {
     let workspace = Workspace::load().unwrap();
+    // Outside of the workspace, whose cargo settings would help.
+    let folder = tempfile::tempdir().unwrap();
+    // Built with the workspace's profile, many dependencies are there already.
+    let manifest = fs::read_to_string(workspace.root().join("Cargo.toml")).unwrap();
+    let profile = folder.path().join("profile.toml");
+    fs::write(&profile, &manifest[manifest.find("[profile.").unwrap()..]).unwrap();
+    let check = |project: &Path| check(project, &profile, workspace.target_directory()).unwrap();
     let groups = workspace.groups();
     assert!(!groups.is_empty());
     for group in groups {
-        let names: Vec<&str> = group
-            .examples
-            .iter()
-            .map(|example| example.name.as_str())
-            .collect();
-        check_copies(&workspace, &names);
-        eprintln!("copies of the examples of {} ... ok", group.title);
+        let name = &group.examples[0].name;
+        let alone = folder.path().join(name);
+        workspace.new_project(name, &alone).unwrap();
+        check(&alone);
+        eprintln!("{name} alone ... ok");
     }
-}
-
-fn check_copies(workspace: &Workspace, names: &[&str]) {
-    // Outside of the workspace, whose cargo settings would help.
-    let folder = tempfile::tempdir().unwrap();
-    let alone = folder.path().join(names[0]);
-    workspace.new_project(names[0], &alone).unwrap();
-    check(&alone, workspace.target_directory()).unwrap();
 
     let all = folder.path().join("all");
-    for name in names {
+    let examples = workspace.examples().iter();
+    let names: Vec<&str> = examples.map(|example| example.name.as_str()).collect();
+    for name in &names {
         let project = all.join(name);
         workspace.new_project(name, &project).unwrap();
         let manifest = project.join("Cargo.toml");
@@ -58,18 +57,16 @@ fn check_copies(workspace: &Workspace, names: &[&str]) {
     }
     let manifest = format!("[workspace]\nresolver = \"3\"\nmembers = {names:?}\n");
     fs::write(all.join("Cargo.toml"), manifest).unwrap();
-    check(&all, workspace.target_directory()).unwrap();
+    check(&all);
 }
 
-/// With the workspace's target folder, where most dependencies may have been checked already.
-fn check(project: &Path, target: &Path) -> Result<()> {
+fn check(project: &Path, profile: &Path, target: &Path) -> Result<()> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
-        .args(["check", "--workspace"])
+        .args(["check", "--workspace", "--config"])
+        .arg(profile)
         .current_dir(project)
-        .env("CARGO_TARGET_DIR", target)
-        // As the workspace's dependencies are, or none of them could be used again.
-        .env("CARGO_PROFILE_DEV_DEBUG", "0");
+        .env("CARGO_TARGET_DIR", target);
     // What cargo told this test about the workspace is not what a reader's shell has.
     for (name, _) in std::env::vars_os() {
         let name_text = name.to_string_lossy();

@@ -16,15 +16,8 @@ pub fn build(workspace: &Workspace, name: &str, release: bool) -> Result<PathBuf
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command
-        .args([
-            "build",
-            "--message-format",
-            "json-render-diagnostics",
-            "--package",
-            &example.package,
-            "--bin",
-            name,
-        ])
+        .args(["build", "--message-format", "json-render-diagnostics"])
+        .args(["--bin", name])
         .current_dir(workspace.root());
     // What the cargo that runs `lab` has told it about its own package would be news to build scripts: they would run
     // again, now and at the next build without `lab`.
@@ -37,13 +30,14 @@ pub fn build(workspace: &Workspace, name: &str, release: bool) -> Result<PathBuf
             command.env_remove(&name);
         }
     }
-    // The default features of a package are those of all its binaries, and bring what this one does not use.
-    if !example.features.is_empty() {
-        command.args([
-            "--no-default-features",
-            "--features",
-            &example.features.join(","),
-        ]);
+    if example.features.is_empty() {
+        // As `cargo run` and `cargo test` in the workspace choose the features of dependencies: what those have built is
+        // used, and not built a second time. No package is built that the binary does not use.
+        command.arg("--workspace");
+    } else {
+        // The default features of a package are those of all its binaries, and bring what this one does not use.
+        command.args(["--package", &example.package, "--no-default-features"]);
+        command.args(["--features", &example.features.join(",")]);
     }
     if release {
         command.arg("--release");
