@@ -3,8 +3,9 @@
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -394,10 +395,20 @@ impl Broker {
         }
         for number in self.numbers() {
             if let Some(mut process) = self.lock(number)?.take() {
-                process.stop(STOP_GRACE)?;
+                let status = process.stop(STOP_GRACE)?;
+                self.keep_archive(number, status);
             }
         }
         Ok(())
+    }
+
+    fn keep_archive(&self, node: u16, status: ExitStatus) {
+        // One that was killed may not have finished writing.
+        if let Some(archive) = self.setup.archive.as_ref().filter(|_| node == 1)
+            && status.signal().is_none()
+        {
+            archive.keep();
+        }
     }
 
     fn running(&self, node: u16) -> Result<&Running> {
@@ -509,11 +520,15 @@ impl Drop for Broker {
     fn drop(&mut self) {
         if self.temporary.is_some() {
             // Before the folder goes: a broker that still runs would write into it again.
-            for node in &self.nodes {
-                node.process
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .take();
+            for (number, node) in self.numbers().zip(&self.nodes) {
+                let mut process = node.process.lock().unwrap_or_else(PoisonError::into_inner);
+                // It is of no further use to anybody, and is killed, unless it has something to leave behind.
+                if let Some(mut process) = process.take()
+                    && self.setup.archive.is_some()
+                    && let Ok(status) = process.stop(STOP_GRACE)
+                {
+                    self.keep_archive(number, status);
+                }
             }
         }
     }

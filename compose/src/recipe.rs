@@ -79,6 +79,8 @@ pub struct Setup {
     pub companion: Option<Command>,
     /// The program's folder in the cache, if it came from there.
     pub program: Option<PathBuf>,
+    /// What the first node writes at an orderly end, if it is not there yet.
+    pub(crate) archive: Option<ClassArchive>,
     _claims: Vec<Claim>,
 }
 
@@ -235,6 +237,7 @@ fn kafka(java: &Path, jars: &Path, folder: &Path, ports: &[NodePorts]) -> Result
         .collect();
     let replicas = ports.len().min(3);
     let cluster = cluster_id(folder)?;
+    let archive = ClassArchive::missing(java, jars, folder);
     let mut nodes = Vec::new();
     for (ports, number) in ports.iter().zip(1..) {
         let node_folder = node_folder(folder, number)?;
@@ -264,6 +267,9 @@ fn kafka(java: &Path, jars: &Path, folder: &Path, ports: &[NodePorts]) -> Result
         ]);
         prepare.arg(&properties);
         let mut run = jvm(java, jars, &node_folder, &["-Xmx512m"])?;
+        if let Some(archive) = archive.as_ref().filter(|_| number == 1) {
+            run.arg(archive.option());
+        }
         run.arg("kafka.Kafka").arg(&properties);
         nodes.push(Node {
             number,
@@ -274,7 +280,10 @@ fn kafka(java: &Path, jars: &Path, folder: &Path, ports: &[NodePorts]) -> Result
             health: Vec::new(),
         });
     }
-    Ok(Setup::of(nodes))
+    Ok(Setup {
+        archive,
+        ..Setup::of(nodes)
+    })
 }
 
 /// The same for all nodes and all starts of one data folder.
@@ -300,11 +309,16 @@ fn cluster_id(folder: &Path) -> Result<String> {
 }
 
 fn pulsar(java: &Path, jars: &Path, folder: &Path, ports: &[NodePorts]) -> Result<Setup> {
-    let nodes = ports
-        .iter()
-        .zip(1..)
-        .map(|(ports, number)| pulsar_standalone(java, jars, folder, ports, number));
-    Ok(Setup::of(nodes.collect::<Result<_>>()?))
+    let archive = ClassArchive::missing(java, jars, folder);
+    let nodes = ports.iter().zip(1..).map(|(ports, number)| {
+        let archive = archive.as_ref().filter(|_| number == 1);
+        pulsar_standalone(java, jars, folder, ports, number, archive)
+    });
+    Ok(Setup {
+        nodes: nodes.collect::<Result<_>>()?,
+        archive,
+        ..Setup::of(Vec::new())
+    })
 }
 
 /// A cluster of one node, with metadata of its own.
@@ -314,6 +328,7 @@ fn pulsar_standalone(
     folder: &Path,
     ports: &NodePorts,
     number: u16,
+    archive: Option<&ClassArchive>,
 ) -> Result<Node> {
     let node_folder = node_folder(folder, number)?;
     let conf = node_folder.join("standalone.conf");
@@ -336,6 +351,7 @@ fn pulsar_standalone(
         &node_folder,
         &["-Xmx1g", "-XX:MaxDirectMemorySize=512m"],
     )?;
+    run.args(archive.map(ClassArchive::option));
     run.args(["org.apache.pulsar.PulsarStandaloneStarter", "--config"])
         .arg(conf);
     run.arg("--metadata-dir").arg(node_folder.join("metadata"));
@@ -368,7 +384,9 @@ fn opensearch(java: &Path, jars: &Path, folder: &Path, ports: &[NodePorts]) -> R
         bail!("opensearch runs as one node")
     };
     let node_folder = node_folder(folder, 1)?;
+    let archive = ClassArchive::missing(java, jars, folder);
     let mut run = jvm(java, jars, &node_folder, &["-Xms512m", "-Xmx512m"])?;
+    run.args(archive.as_ref().map(ClassArchive::option));
     run.args([
         "org.codelibs.opensearch.runner.OpenSearchRunner",
         "-numOfNode",
@@ -381,7 +399,7 @@ fn opensearch(java: &Path, jars: &Path, folder: &Path, ports: &[NodePorts]) -> R
     run.args(["-baseHttpPort", &(ports.client - 1).to_string()]);
     run.args(["-clusterName", &format!("lab-{}", ports.client)]);
     let address = format!("127.0.0.1:{}", ports.client);
-    Ok(Setup::of(vec![Node {
+    let node = Node {
         number: 1,
         prepare: None,
         run,
@@ -390,7 +408,11 @@ fn opensearch(java: &Path, jars: &Path, folder: &Path, ports: &[NodePorts]) -> R
         )],
         web: None,
         address,
-    }]))
+    };
+    Ok(Setup {
+        archive,
+        ..Setup::of(vec![node])
+    })
 }
 
 fn nats(server: &Path, folder: &Path, ports: &[NodePorts]) -> Result<Setup> {
@@ -554,8 +576,58 @@ impl Setup {
             nodes,
             companion: None,
             program: None,
+            archive: None,
             _claims: Vec::new(),
         }
+    }
+}
+
+/// The classes of a broker as its JVM has them in memory once they are read and checked (class data sharing). Half of
+/// the time that a broker takes to start is spent on that.
+///
+/// A JVM writes it at an orderly end. It knows for which JVM and which jars it was made, and is not used with others.
+#[derive(Debug)]
+pub(crate) struct ClassArchive {
+    written: PathBuf,
+    kept: PathBuf,
+}
+
+impl ClassArchive {
+    /// Beside the program's folder, one for each Java.
+    fn path(java: &Path, jars: &Path) -> PathBuf {
+        let java = Sha256::digest(java.as_os_str().as_encoded_bytes());
+        let java: String = java
+            .iter()
+            .take(4)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        let mut path = jars.as_os_str().to_owned();
+        path.push(format!("-java-{java}.jsa"));
+        path.into()
+    }
+
+    /// What a broker with this folder is to write, if there is none yet.
+    fn missing(java: &Path, jars: &Path, folder: &Path) -> Option<ClassArchive> {
+        let kept = ClassArchive::path(java, jars);
+        let written = folder.join("classes.jsa");
+        (!kept.exists()).then_some(ClassArchive { written, kept })
+    }
+
+    fn option(&self) -> String {
+        format!("-XX:ArchiveClassesAtExit={}", self.written.display())
+    }
+
+    /// Puts what was written into its place, all at once: others may be starting with it. Without it they start slowly,
+    /// so a failure is none.
+    pub(crate) fn keep(&self) {
+        let new = self
+            .kept
+            .with_extension(format!("{}.part", std::process::id()));
+        if fs::copy(&self.written, &new).is_ok() {
+            let _ = fs::rename(&new, &self.kept);
+        }
+        let _ = fs::remove_file(&self.written);
+        let _ = fs::remove_file(&new);
     }
 }
 
@@ -567,6 +639,12 @@ fn jvm(java: &Path, jars: &Path, folder: &Path, options: &[&str]) -> Result<Comm
     command
         .args(["-XX:TieredStopAtLevel=1", "-XX:+ExitOnOutOfMemoryError"])
         .args(options);
+    let archive = ClassArchive::path(java, jars);
+    if archive.exists() {
+        command.arg(format!("-XX:SharedArchiveFile={}", archive.display()));
+    }
+    // An archive that this JVM cannot use is passed over.
+    command.args(["-Xlog:cds=off", "-Xlog:cds+dynamic=off"]);
     command.arg(format!("-Dlog4j2.configurationFile={}", logging.display()));
     // Pulsar and OpenSearch reach into the JDK.
     for package in [

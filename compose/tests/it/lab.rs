@@ -474,6 +474,49 @@ fn a_backend_that_cannot_be_is_refused() {
     assert!(failure(docker).contains("no Docker engine answers"));
 }
 
+/// The JVM leaves its classes behind at an orderly end, beside the programs, and the next one takes them up, if they are whole.
+#[test]
+fn a_broker_that_ended_well_starts_faster_the_next_time() {
+    let lab = Lab::new();
+    // A folder of its own, in which no archive is yet.
+    let machines = lab.path().join("programs").canonicalize().unwrap();
+    fs::remove_file(lab.path().join("programs")).unwrap();
+    let programs = lab.path().join("programs");
+    fs::create_dir(&programs).unwrap();
+    for program in fs::read_dir(machines).unwrap().flatten() {
+        if program.path().is_dir() {
+            symlink(program.path(), programs.join(program.file_name())).unwrap();
+        }
+    }
+    let command_line = || {
+        lab.ok(&["up", "kafka", "--detach"]);
+        let pid = node_pid(&lab.await_entry("kafka")).to_string();
+        let mut ps = Command::new("ps");
+        let output = ps.args(["-ww", "-o", "args=", "-p", &pid]).output();
+        let line = String::from_utf8(output.unwrap().stdout).unwrap();
+        assert_eq!(lab.ok(&["down"]), "kafka: stopped\n");
+        line
+    };
+    let first = command_line();
+    assert!(!first.contains("SharedArchiveFile"), "{first}");
+    let archives = || {
+        let all = fs::read_dir(&programs).unwrap().flatten();
+        all.map(|entry| entry.path())
+            .filter(|path| path.is_file())
+            .collect::<Vec<_>>()
+    };
+    let archive = match archives().as_slice() {
+        [archive] => archive.clone(),
+        others => panic!("{others:?}"),
+    };
+    let use_it = format!("-XX:SharedArchiveFile={}", archive.display());
+    let second = command_line();
+    assert!(second.contains(&use_it), "{second}");
+    fs::remove_file(&archive).unwrap();
+    fs::write(&archive, "damaged").unwrap();
+    command_line();
+}
+
 #[test]
 fn the_mock_says_what_it_does_not_guarantee() {
     let lab = Lab::new();
