@@ -592,7 +592,9 @@ pub fn broker_absent(service: Service, programs: &[&str]) -> Result<()> {
         let ended = process.wait(LIMIT.saturating_sub(started.elapsed()))?;
         let stderr = &ended.stderr;
         assert_eq!(ended.code(), 1, "{program}: {stderr}");
-        assert!(stderr.contains(&address), "{program}: {stderr}");
+        // No example prints a password.
+        let place = address.rsplit('@').next().unwrap_or_default();
+        assert!(stderr.contains(place), "{program}: {stderr}");
         let advice = format!("cargo lab up {service}");
         assert!(stderr.contains(&advice), "{program}: {stderr}");
         assert!(

@@ -68,12 +68,12 @@ async fn main() -> anyhow::Result<()> {
         .await?;
     match count {
         Some(count) => send(&channel, count).await?,
-        None => work(&addr, &channel).await?,
+        None => work(&channel).await?,
     }
     // Takes back what is not acknowledged.
     timeout(PATIENCE, connection.close(200, "OK".into()))
         .await
-        .context("the broker does not answer the close")??;
+        .context("the broker does not answer the close; what was done may come back")??;
     Ok(())
 }
 
@@ -85,7 +85,8 @@ async fn connect(addr: &str) -> anyhow::Result<Connection> {
         .map_err(anyhow::Error::from)
         .and_then(|result| Ok(result?))
         .with_context(|| {
-            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+            let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+            format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
         })
 }
 
@@ -99,7 +100,7 @@ fn seconds(name: &str, default: u64) -> anyhow::Result<Duration> {
     Ok(Duration::from_secs(seconds))
 }
 
-async fn work(addr: &str, channel: &Channel) -> anyhow::Result<()> {
+async fn work(channel: &Channel) -> anyhow::Result<()> {
     let (grace, work) = (seconds("GRACE_SECONDS", 20)?, seconds("TASK_SECONDS", 2)?);
     // Registered before the first task is taken, so that no signal is missed.
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -128,31 +129,31 @@ async fn work(addr: &str, channel: &Channel) -> anyhow::Result<()> {
             delivery = deliveries.next(), if in_hand.len() < AT_A_TIME => {
                 let delivery = delivery
                     .context("the broker cancelled the consumer; was the queue deleted?")?
-                    .with_context(|| format!("lost the connection to {addr}"))?;
+                    .context("lost the connection")?;
                 in_hand.spawn(handle(delivery, work));
             }
         }
     }
 
     let mut given_back = 0;
-    channel
-        .basic_cancel(deliveries.tag(), BasicCancelOptions::default())
-        .await?;
-    // After the cancel, the stream ends behind what had been prefetched.
-    while let Some(delivery) = deliveries.next().await {
-        let options = BasicNackOptions {
-            requeue: true,
-            ..BasicNackOptions::default()
-        };
-        delivery?.nack(options).await?;
-        given_back += 1;
-    }
-    println!(
-        "stopping: no more tasks; in hand {}, given back {given_back}",
-        in_hand.len()
-    );
-
+    // All of it has to end in time: a broker that is there and silent does not even answer the cancel.
     let finish = async {
+        channel
+            .basic_cancel(deliveries.tag(), BasicCancelOptions::default())
+            .await?;
+        // After the cancel, the stream ends behind what had been prefetched.
+        while let Some(delivery) = deliveries.next().await {
+            let options = BasicNackOptions {
+                requeue: true,
+                ..BasicNackOptions::default()
+            };
+            ensure!(delivery?.nack(options).await?, "lost the connection");
+            given_back += 1;
+        }
+        println!(
+            "stopping: no more tasks; in hand {}, given back {given_back}",
+            in_hand.len()
+        );
         while let Some(ended) = in_hand.join_next().await {
             ended??;
             done += 1;
@@ -166,6 +167,11 @@ async fn work(addr: &str, channel: &Channel) -> anyhow::Result<()> {
     };
     if let Ok(ended) = finished {
         ended?;
+    }
+    // Those that have ended meanwhile.
+    while let Some(ended) = in_hand.try_join_next() {
+        ended??;
+        done += 1;
     }
     // Not acknowledged, so the close gives them back. Nothing of them may go on meanwhile.
     let cut_short = in_hand.len();

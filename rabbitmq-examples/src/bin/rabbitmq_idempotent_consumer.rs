@@ -87,7 +87,7 @@ async fn main() -> anyhow::Result<()> {
     declare_queues(&channel).await?;
     match count {
         Some(count) => send(&channel, count).await?,
-        None => consume(&addr, &channel).await?,
+        None => consume(&channel).await?,
     }
     connection.close(200, "OK".into()).await?;
     Ok(())
@@ -101,7 +101,8 @@ async fn connect(addr: &str) -> anyhow::Result<Connection> {
         .map_err(anyhow::Error::from)
         .and_then(|result| Ok(result?))
         .with_context(|| {
-            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+            let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+            format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
         })
 }
 
@@ -165,7 +166,7 @@ async fn publish(channel: &Channel, number: u32) -> anyhow::Result<()> {
     }
 }
 
-async fn consume(addr: &str, channel: &Channel) -> anyhow::Result<()> {
+async fn consume(channel: &Channel) -> anyhow::Result<()> {
     let path = std::env::var("PAYMENTS_DB").unwrap_or_else(|_| "payments.sqlite".into());
     let kept = match std::env::var("IDS_KEPT") {
         Ok(kept) => kept.parse().context("IDS_KEPT is a number of ids")?,
@@ -195,7 +196,7 @@ async fn consume(addr: &str, channel: &Channel) -> anyhow::Result<()> {
             signal = &mut stop => break signal?,
             delivery = deliveries.next() => delivery
                 .context("the broker cancelled the consumer; was the queue deleted?")?
-                .with_context(|| format!("lost the connection to {addr}"))?,
+                .context("lost the connection")?,
         };
         let settled = match read(&delivery) {
             Ok((id, payment)) => {
@@ -211,10 +212,7 @@ async fn consume(addr: &str, channel: &Channel) -> anyhow::Result<()> {
                 delivery.reject(options).await?
             }
         };
-        ensure!(
-            settled,
-            "lost the connection to {addr}; it is delivered again"
-        );
+        ensure!(settled, "lost the connection; it is delivered again");
     }
     channel
         .basic_cancel(deliveries.tag(), BasicCancelOptions::default())

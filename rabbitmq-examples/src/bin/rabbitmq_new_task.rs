@@ -1,8 +1,8 @@
 //! Work queue, the sender: tasks that any one of several workers takes
 //!
 //! Each argument is a task, and each '.' in it a second of work. It ends when the broker has confirmed every task: they
-//! are in a durable queue, and a restart of the broker does not lose them. A task that was not confirmed may or may not
-//! be there, and is named, so that it can be sent again.
+//! are in a durable queue, and a restart of the broker does not lose them. If not all are confirmed, it says of each
+//! what became of it: what is unconfirmed may or may not be there, and is yours to send again.
 //!
 //! ```console
 //! $ cargo lab run rabbitmq_new_task 'resize the image..' 'send the mail.'
@@ -11,7 +11,8 @@
 //! ```
 //!
 //! Notice: all tasks are published before the first confirm is awaited: one round trip for all, not one for each.
-//! `mandatory` matters: what no queue takes is confirmed, too, and dropped.
+//! `mandatory` matters: what no queue takes is confirmed, too, and dropped. And one that fails says nothing of the
+//! others: the confirms that had come before the connection was lost are as good as any.
 //!
 //! Try: start it without workers, restart the broker, then start a worker.
 //!
@@ -20,7 +21,9 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, ensure};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
@@ -30,6 +33,10 @@ const QUEUE: &str = "work-queue";
 const REJECTED: &str = "work-queue.rejected";
 const PERSISTENT: u8 = 2;
 const PATIENCE: Duration = Duration::from_secs(5);
+
+const CONFIRMED: &str = "sent and confirmed";
+const REFUSED: &str = "refused, not in the queue";
+const UNCONFIRMED: &str = "unconfirmed, may or may not be in the queue";
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -44,34 +51,7 @@ async fn main() -> anyhow::Result<()> {
     channel
         .confirm_select(ConfirmSelectOptions::default())
         .await?;
-    let mut confirms = Vec::new();
-    for task in &tasks {
-        let publish = channel.basic_publish(
-            "".into(),
-            QUEUE.into(),
-            BasicPublishOptions {
-                mandatory: true,
-                ..BasicPublishOptions::default()
-            },
-            task.as_bytes(),
-            BasicProperties::default().with_delivery_mode(PERSISTENT),
-        );
-        // A broker that is short of memory or disk stops reading, and then this would wait for as long as that lasts.
-        let handed_over = timeout(PATIENCE, publish).await;
-        confirms.push(handed_over.with_context(|| format!("cannot send {task:?}"))??);
-    }
-    for (task, confirm) in tasks.iter().zip(confirms) {
-        let confirmation = timeout(PATIENCE, confirm)
-            .await
-            .with_context(|| format!("no confirmation in time; {task:?} may or may not be there"))?
-            .with_context(|| format!("connection lost; {task:?} may or may not be there"))?;
-        match confirmation {
-            Confirmation::Ack(None) => println!("sent and confirmed: {task}"),
-            Confirmation::Ack(Some(_)) => bail!("{task:?} came back: no queue took it"),
-            Confirmation::Nack(_) => bail!("the broker refused {task:?}"),
-            Confirmation::NotRequested => bail!("confirms are not enabled on this channel"),
-        }
-    }
+    send(&channel, &tasks).await?;
     connection.close(200, "OK".into()).await?;
     Ok(())
 }
@@ -84,7 +64,8 @@ async fn connect(addr: &str) -> anyhow::Result<Connection> {
         .map_err(anyhow::Error::from)
         .and_then(|result| Ok(result?))
         .with_context(|| {
-            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+            let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+            format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
         })
 }
 
@@ -104,4 +85,77 @@ async fn declare_queues(channel: &Channel) -> lapin::Result<()> {
         .queue_declare(QUEUE.into(), durable, arguments)
         .await?;
     Ok(())
+}
+
+async fn send(channel: &Channel, tasks: &[String]) -> anyhow::Result<()> {
+    let mut answers: FuturesUnordered<_> = (0..)
+        .zip(tasks)
+        .map(|(id, task)| async move { (id, publish(channel, id, task).await) })
+        .collect();
+    let (mut became, mut problem) = (vec![UNCONFIRMED; tasks.len()], None);
+    loop {
+        // A broker that is short of memory or disk neither reads nor confirms, for as long as that lasts.
+        match timeout(PATIENCE, answers.next()).await {
+            Ok(Some((id, Ok(confirmation)))) => settle(&mut became, id, confirmation),
+            Ok(Some((_, Err(error)))) => problem = Some(error.into()),
+            Ok(None) => break,
+            Err(_) => {
+                problem = Some(anyhow!("no confirms in time"));
+                break;
+            }
+        }
+    }
+    for (task, became) in tasks.iter().zip(&became) {
+        println!("{became}: {task}");
+    }
+    if let Some(error) = problem {
+        return Err(error.context("send the unconfirmed again"));
+    }
+    let all = became.iter().all(|became| *became == CONFIRMED);
+    ensure!(all, "not all tasks are confirmed");
+    Ok(())
+}
+
+async fn publish(channel: &Channel, id: usize, task: &str) -> lapin::Result<Confirmation> {
+    let options = BasicPublishOptions {
+        mandatory: true,
+        ..BasicPublishOptions::default()
+    };
+    let properties = BasicProperties::default()
+        .with_delivery_mode(PERSISTENT)
+        .with_message_id(id.to_string().into());
+    // The first await hands the message to the connection, the second is its confirm.
+    channel
+        .basic_publish(
+            "".into(),
+            QUEUE.into(),
+            options,
+            task.as_bytes(),
+            properties,
+        )
+        .await?
+        .await
+}
+
+fn settle(became: &mut [&str], id: usize, answer: Confirmation) {
+    match answer {
+        Confirmation::Ack(_) if became[id] == UNCONFIRMED => became[id] = CONFIRMED,
+        Confirmation::Nack(_) => became[id] = REFUSED,
+        // It had come back before; or confirms are not enabled, and nothing is known.
+        Confirmation::Ack(_) | Confirmation::NotRequested => {}
+    }
+    // What came back may come with another's confirm: only its own properties say which one it is.
+    let returned = answer.take_message();
+    let id = returned.and_then(|message| {
+        message
+            .properties
+            .message_id()
+            .as_ref()?
+            .as_str()
+            .parse()
+            .ok()
+    });
+    if let Some(became) = id.and_then(|id: usize| became.get_mut(id)) {
+        *became = REFUSED;
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! Asks the HTTP API of the management plugin for all queues of the virtual host, or for those that are named, and
 //! prints what has changed. Warns when a queue's messages, ready and unacknowledged, are more than the threshold, and
-//! when it has messages and no consumer; says when that is over. The API's numbers are up to five seconds old.
+//! when it has messages and no consumer; says when that is over, and when the queue is gone. The API's numbers are up
+//! to five seconds old.
 //!
 //! ```console
 //! 1$ cargo lab run rabbitmq_new_task 'a.' 'b' 'c'
@@ -19,6 +20,8 @@
 //! worker 1: done c
 //! 2:
 //! ...
+//! recovered: work-queue has a consumer
+//! ...
 //! recovered: work-queue has [..] messages
 //! ...
 //! 1^C
@@ -30,7 +33,8 @@
 //!
 //! Notice: watch both numbers. A consumer that forgets to acknowledge has an empty queue behind it and thousands of
 //! unacknowledged messages. Over AMQP, a passive declaration tells only what is ready. A queue without a consumer is
-//! worth a warning at any depth: nothing will make it shorter.
+//! worth a warning at any depth: nothing will make it shorter. For some seconds after its node's start a queue is listed
+//! without numbers. That is not zero: read as zero, it would end each warning.
 //!
 //! Try: rabbitmq_pitfall_missing_ack beside it; a wrong password in AMQP_ADDR; stop the broker and start it again.
 //!
@@ -56,12 +60,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Deserialize)]
 struct Queue {
     name: String,
-    #[serde(default)]
-    messages_ready: u64,
-    #[serde(default)]
-    messages_unacknowledged: u64,
-    #[serde(default)]
-    consumers: u64,
+    messages_ready: Option<u64>,
+    messages_unacknowledged: Option<u64>,
+    consumers: Option<u64>,
     #[serde(default)]
     message_stats: Traffic,
 }
@@ -134,6 +135,14 @@ async fn main() -> anyhow::Result<()> {
             }
         }
         queues.retain(|queue| wanted.is_empty() || wanted.contains(&queue.name));
+        // What is said of a queue of that name that may come later, begins anew.
+        said.retain(|name, _| {
+            let there = queues.iter().any(|queue| queue.name == *name);
+            if !there {
+                println!("{name}: the queue is gone");
+            }
+            there
+        });
         for queue in queues {
             look_at(
                 &queue,
@@ -156,13 +165,15 @@ fn number(name: &str, default: u64) -> anyhow::Result<u64> {
 }
 
 fn look_at(queue: &Queue, threshold: u64, said: &mut Said) {
-    let Queue {
-        name,
-        messages_ready: ready,
-        messages_unacknowledged: unacked,
-        consumers,
-        ..
-    } = queue;
+    let name = &queue.name;
+    let (Some(ready), Some(unacked), Some(consumers)) = (
+        queue.messages_ready,
+        queue.messages_unacknowledged,
+        queue.consumers,
+    ) else {
+        say(said, format!("{name}: no numbers yet"));
+        return;
+    };
     let [into, out] = [
         &queue.message_stats.publish_details,
         &queue.message_stats.ack_details,
@@ -171,18 +182,23 @@ fn look_at(queue: &Queue, threshold: u64, said: &mut Said) {
     let line = format!(
         "{name}: ready {ready}, unacknowledged {unacked}, consumers {consumers}, in {into:.1}/s, out {out:.1}/s"
     );
-    if line != said.line {
-        println!("{line}");
-        said.line = line;
+    say(said, line);
+    let depth = ready.saturating_add(unacked);
+    let abandoned = depth > 0 && consumers == 0;
+    if said.abandoned && !abandoned {
+        let what = if consumers > 0 {
+            "a consumer"
+        } else {
+            "nothing left"
+        };
+        println!("recovered: {name} has {what}");
     }
-    let depth = ready.saturating_add(*unacked);
     let over = depth > threshold;
     if over && !said.over {
         println!("WARNING: {name} has {depth} messages, over the threshold of {threshold}");
     } else if said.over && !over {
         println!("recovered: {name} has {depth} messages");
     }
-    let abandoned = depth > 0 && *consumers == 0;
     if abandoned && !said.abandoned {
         println!("WARNING: {name} has messages and no consumer");
     }
@@ -190,19 +206,28 @@ fn look_at(queue: &Queue, threshold: u64, said: &mut Said) {
     said.abandoned = abandoned;
 }
 
+/// Says only what is new.
+fn say(said: &mut Said, line: String) {
+    if line != said.line {
+        println!("{line}");
+        said.line = line;
+    }
+}
+
 struct Api {
     client: Client,
     url: Url,
-    addr: String,
+    /// Where the broker is, without the password.
+    host: String,
     user: String,
     password: String,
 }
 
 impl Api {
     fn new(addr: &str) -> anyhow::Result<Api> {
-        let uri: AMQPUri = addr
-            .parse()
-            .map_err(|reason| anyhow!("AMQP_ADDR is {addr}, but {reason}"))?;
+        let uri: AMQPUri = addr.parse().map_err(|_| {
+            anyhow!("AMQP_ADDR is not an address such as amqp://localhost:5672/%2f")
+        })?;
         let base = std::env::var("RABBITMQ_MANAGEMENT_URL");
         let base = base.unwrap_or_else(|_| "http://localhost:15672".into());
         let mut url = Url::parse(&base)
@@ -215,7 +240,7 @@ impl Api {
         Ok(Api {
             client: Client::builder().timeout(PATIENCE).build()?,
             url,
-            addr: addr.to_owned(),
+            host: addr.rsplit('@').next().unwrap_or_default().to_owned(),
             user: uri.authority.userinfo.username,
             password: uri.authority.userinfo.password,
         })
@@ -223,13 +248,13 @@ impl Api {
 
     async fn queues(&self) -> anyhow::Result<Vec<Queue>> {
         let Api {
-            url, addr, user, ..
+            url, host, user, ..
         } = self;
         let request = self.client.get(url.clone());
         let answer = request.basic_auth(user, Some(&self.password)).send().await;
         let answer = answer.with_context(|| {
             format!(
-                "no HTTP API answers at {url}, for the broker at {addr}; is RABBITMQ_MANAGEMENT_URL right, and the \
+                "no HTTP API answers at {url}, for the broker at {host}; is RABBITMQ_MANAGEMENT_URL right, and the \
                  plugin rabbitmq_management enabled? `cargo lab up rabbitmq` starts a broker with it"
             )
         })?;

@@ -2,7 +2,8 @@
 //!
 //! A quorum queue keeps its messages on several nodes, and confirms when a majority has written them. It counts how
 //! often a message was given back, and after the delivery limit it moves it to the dead letters: at least once from
-//! end to end, without a message that comes back for ever.
+//! end to end, without a message that comes back for ever. `send` says of each job whether it is confirmed; what is
+//! not may or may not be in the queue, and is to be sent again.
 //!
 //! ```console
 //! 1$ cargo lab run rabbitmq_quorum_queue
@@ -28,7 +29,7 @@
 //!
 //! Notice: a limit without a dead-letter exchange drops the message when it is reached. `at-least-once` dead-lettering
 //! waits until the dead letter is confirmed, which takes `reject-publish` as overflow. A worker that crashes counts as a
-//! failed delivery of all that it held: with a high prefetch, three crashes move everything to the dead letters.
+//! failed delivery of all that it held: with a high prefetch, four crashes move everything to the dead letters.
 //! Killing a process does not prove that a power failure is survived; quorum queues call fsync before they confirm.
 //! The exception is a queue that was just declared: a single node of 3.10 that is killed within half a second has not
 //! written down yet that it has the queue, and comes back without it and its messages.
@@ -38,7 +39,8 @@
 //! counts everywhere. Mirrored classic queues, the old way to replicate, are gone in 4.x.
 //!
 //! Try: `cargo lab kill rabbitmq` and `cargo lab restart rabbitmq` between send and receive; `cargo lab up rabbitmq
-//! --nodes 3`, and kill any one of the three.
+//! --nodes 3`, and kill `rabbitmq.2` or `rabbitmq.3` in the middle of a send: two of three are a majority, and all is
+//! confirmed. (AMQP_ADDR is the first; a program that is connected to the node that dies ends with an error.)
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the arguments are `send JOB ...`,
 //! `dead`, or nothing to work. A job is said to fail if its name contains "poison". See also: rabbitmq_dead_letter,
@@ -47,9 +49,9 @@
 use std::pin::pin;
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use futures::StreamExt;
-use futures::future::join_all;
+use futures::stream::FuturesUnordered;
 use lapin::message::Delivery;
 use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions,
@@ -65,6 +67,10 @@ const DELIVERY_LIMIT: i32 = 3;
 const PERSISTENT: u8 = 2;
 const PATIENCE: Duration = Duration::from_secs(5);
 
+const CONFIRMED: &str = "sent and confirmed";
+const REFUSED: &str = "refused, not in the queue";
+const UNCONFIRMED: &str = "unconfirmed, may or may not be in the queue";
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let addr = std::env::var("AMQP_ADDR").unwrap_or_else(|_| "amqp://localhost:5672/%2f".into());
@@ -73,7 +79,7 @@ async fn main() -> anyhow::Result<()> {
     let channel = connection.create_channel().await?;
     declare_queues(&channel).await?;
     match args.split_first() {
-        None => work(&addr, &channel).await?,
+        None => work(&channel).await?,
         Some((send_it, jobs)) if send_it == "send" && !jobs.is_empty() => {
             send(&channel, jobs).await?
         }
@@ -92,7 +98,8 @@ async fn connect(addr: &str) -> anyhow::Result<Connection> {
         .map_err(anyhow::Error::from)
         .and_then(|result| Ok(result?))
         .with_context(|| {
-            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+            let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+            format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
         })
 }
 
@@ -117,38 +124,85 @@ async fn declare_queues(channel: &Channel) -> lapin::Result<()> {
     Ok(())
 }
 
+/// Publishes all at once, and says of each what became of it.
 async fn send(channel: &Channel, jobs: &[String]) -> anyhow::Result<()> {
     channel
         .confirm_select(ConfirmSelectOptions::default())
         .await?;
-    let confirms = join_all(jobs.iter().map(|job| publish(channel, job)));
-    let confirms = timeout(PATIENCE * 2, confirms).await;
-    for confirm in confirms.context("no confirms in time; has the queue lost its majority?")? {
-        confirm?;
+    let mut answers: FuturesUnordered<_> = (0..)
+        .zip(jobs)
+        .map(|(id, job)| async move { (id, publish(channel, id, job).await) })
+        .collect();
+    let (mut became, mut problem) = (vec![UNCONFIRMED; jobs.len()], None);
+    loop {
+        match timeout(PATIENCE * 2, answers.next()).await {
+            Ok(Some((id, Ok(confirmation)))) => settle(&mut became, id, confirmation),
+            // The others have answers of their own.
+            Ok(Some((_, Err(error)))) => problem = Some(error.into()),
+            Ok(None) => break,
+            Err(_) => {
+                problem = Some(anyhow!(
+                    "no confirms in time; has the queue lost its majority?"
+                ));
+                break;
+            }
+        }
     }
-    println!("sent and confirmed: {}", jobs.join(", "));
+    for what in [CONFIRMED, REFUSED, UNCONFIRMED] {
+        let those = jobs.iter().zip(&became);
+        let those = those.filter(|(_, became)| **became == what);
+        let those: Vec<&str> = those.map(|(job, _)| job.as_str()).collect();
+        if !those.is_empty() {
+            println!("{what}: {}", those.join(", "));
+        }
+    }
+    if let Some(error) = problem {
+        return Err(error.context("send the unconfirmed again"));
+    }
+    let all = became.iter().all(|became| *became == CONFIRMED);
+    ensure!(all, "not all jobs are confirmed");
     Ok(())
 }
 
-async fn publish(channel: &Channel, job: &str) -> anyhow::Result<()> {
+async fn publish(channel: &Channel, id: usize, job: &str) -> lapin::Result<Confirmation> {
     let options = BasicPublishOptions {
         mandatory: true,
         ..BasicPublishOptions::default()
     };
-    let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
-    let confirm = channel
+    let properties = BasicProperties::default()
+        .with_delivery_mode(PERSISTENT)
+        .with_message_id(id.to_string().into());
+    // The first await hands the message to the connection, the second is its confirm.
+    channel
         .basic_publish("".into(), JOBS.into(), options, job.as_bytes(), properties)
-        .await?;
-    let doubt = || format!("{job} may or may not be in the queue");
-    match confirm.await.with_context(doubt)? {
-        Confirmation::Ack(None) => Ok(()),
-        Confirmation::Ack(Some(returned)) => bail!("{job} came back: {}", returned.reply_text),
-        Confirmation::Nack(_) => bail!("the broker refused {job}"),
-        Confirmation::NotRequested => bail!("confirms are not enabled on this channel"),
+        .await?
+        .await
+}
+
+fn settle(became: &mut [&str], id: usize, answer: Confirmation) {
+    match answer {
+        Confirmation::Ack(_) if became[id] == UNCONFIRMED => became[id] = CONFIRMED,
+        Confirmation::Nack(_) => became[id] = REFUSED,
+        // It had come back before; or confirms are not enabled, and nothing is known.
+        Confirmation::Ack(_) | Confirmation::NotRequested => {}
+    }
+    // What came back may come with another's confirm: only its own properties say which one it is.
+    let returned = answer.take_message();
+    let id = returned.and_then(|message| {
+        message
+            .properties
+            .message_id()
+            .as_ref()?
+            .as_str()
+            .parse()
+            .ok()
+    });
+    if let Some(became) = id.and_then(|id: usize| became.get_mut(id)) {
+        *became = REFUSED;
     }
 }
 
-async fn work(addr: &str, channel: &Channel) -> anyhow::Result<()> {
+async fn work(channel: &Channel) -> anyhow::Result<()> {
     channel.basic_qos(1, BasicQosOptions::default()).await?;
     let options = BasicConsumeOptions::default();
     let mut deliveries = channel
@@ -164,7 +218,7 @@ async fn work(addr: &str, channel: &Channel) -> anyhow::Result<()> {
             signal = &mut stop => break signal?,
             delivery = deliveries.next() => delivery
                 .context("the broker cancelled the consumer; was the queue deleted?")?
-                .with_context(|| format!("lost the connection to {addr}"))?,
+                .context("lost the connection")?,
         };
         let job = String::from_utf8_lossy(&delivery.data);
         let settled = if job.contains("poison") {

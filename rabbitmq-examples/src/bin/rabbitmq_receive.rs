@@ -28,7 +28,7 @@
 use std::pin::pin;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use futures::StreamExt;
 use lapin::message::Delivery;
 use lapin::options::{
@@ -48,7 +48,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 async fn main() -> anyhow::Result<()> {
     let addr = std::env::var("AMQP_ADDR").unwrap_or_else(|_| "amqp://localhost:5672/%2f".into());
     let connection = connect(&addr).await.with_context(|| {
-        format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+        let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+        format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
     })?;
     let channel = connection.create_channel().await?;
     declare_queues(&channel).await?;
@@ -74,7 +75,7 @@ async fn main() -> anyhow::Result<()> {
             // A loop of `while let Some(Ok(..))` would take both for a normal end.
             delivery = deliveries.next() => delivery
                 .context("the broker cancelled the consumer; was the queue deleted?")?
-                .with_context(|| format!("lost the connection to {addr}"))?,
+                .context("lost the connection")?,
         };
         // Outside the select: Ctrl-C does not interrupt a task in hand.
         if handle(&delivery)
@@ -120,13 +121,12 @@ async fn declare_queues(channel: &Channel) -> lapin::Result<()> {
 }
 
 /// Works on one task and settles it; false if it was no task.
-async fn handle(delivery: &Delivery) -> lapin::Result<bool> {
+async fn handle(delivery: &Delivery) -> anyhow::Result<bool> {
     let body = String::from_utf8_lossy(&delivery.data);
     let Some(task) = body.strip_prefix("Task: ") else {
+        let options = BasicRejectOptions { requeue: false };
+        ensure!(delivery.reject(options).await?, "lost the connection");
         println!("not a task, moved to {REJECTED}: {body}");
-        delivery
-            .reject(BasicRejectOptions { requeue: false })
-            .await?;
         return Ok(false);
     };
     let again = if delivery.redelivered {
@@ -136,7 +136,9 @@ async fn handle(delivery: &Delivery) -> lapin::Result<bool> {
     };
     println!("received: {task}{again}");
     sleep(Duration::from_secs(2)).await; // the work
-    delivery.ack(BasicAckOptions::default()).await?;
+    // False if the connection went during the work. It is no error, and looks like success.
+    let acked = delivery.ack(BasicAckOptions::default()).await?;
+    ensure!(acked, "lost the connection during the work");
     println!("done: {task}");
     Ok(true)
 }

@@ -67,7 +67,7 @@ async fn main() -> anyhow::Result<()> {
             signal = &mut stop => break signal?,
             delivery = deliveries.next() => delivery
                 .context("the broker cancelled the consumer; was the queue deleted?")?
-                .with_context(|| format!("lost the connection to {addr}, and with it the queue"))?,
+                .context("lost the connection, and with it the queue")?,
         };
         let line = String::from_utf8_lossy(&delivery.data);
         println!("{}: {line}", delivery.routing_key);
@@ -87,7 +87,8 @@ async fn connect(addr: &str) -> anyhow::Result<Connection> {
         .map_err(anyhow::Error::from)
         .and_then(|result| Ok(result?))
         .with_context(|| {
-            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+            let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+            format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
         })
 }
 

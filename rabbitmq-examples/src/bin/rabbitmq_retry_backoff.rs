@@ -2,8 +2,8 @@
 //!
 //! A payment that fails goes to a queue in which it can only wait: its time to live is the delay, and expired it goes
 //! back to the payments. Those behind it go on at once. After five attempts, or at once if no attempt can help, it goes
-//! to the dead letters, with the reason. At least once: a payment is acknowledged only after its copy is confirmed
-//! where it goes. Order is given up: a payment that is retried is overtaken.
+//! to the dead letters, with the reason. At least once as far as the program goes: a payment is acknowledged only after
+//! its copy is confirmed where it goes. Order is given up: a payment that is retried is overtaken.
 //!
 //! ```console
 //! 1$ cargo lab run rabbitmq_retry_backoff
@@ -27,12 +27,17 @@
 //! less a jitter of at most a fifth, and that is also the most by which one holds up another. Without the jitter, all
 //! that failed together would come back together.
 //!
+//! Don't overstate it: the way back is the broker's. A classic queue hands on what has expired without waiting for a
+//! confirm, and if the broker dies right then, that payment may be lost. Quorum queues can wait
+//! (`x-dead-letter-strategy: at-least-once`, since 3.10).
+//!
 //! Try: send while it is stopped; kill -9 it while payment-3 is on its way, and start it again.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). The same on 3.10 and 4.x; from 4.0 a
 //! quorum queue for the payments would count deliveries, too (limit 20). See also: rabbitmq_dead_letter,
 //! rabbitmq_quorum_queue.
 
+use std::collections::BTreeMap;
 use std::pin::pin;
 use std::time::Duration;
 
@@ -43,7 +48,7 @@ use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
     ConfirmSelectOptions, QueueDeclareOptions,
 };
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
 use serde::Deserialize;
 use tokio::time::timeout;
@@ -83,7 +88,7 @@ async fn main() -> anyhow::Result<()> {
         .confirm_select(ConfirmSelectOptions::default())
         .await?;
     match command.as_deref() {
-        None => work(&addr, &channel).await?,
+        None => work(&channel).await?,
         Some("send") => send(&channel).await?,
         Some(_) => bail!("usage: rabbitmq_retry_backoff [send]"),
     }
@@ -99,7 +104,8 @@ async fn connect(addr: &str) -> anyhow::Result<Connection> {
         .map_err(anyhow::Error::from)
         .and_then(|result| Ok(result?))
         .with_context(|| {
-            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+            let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+            format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
         })
 }
 
@@ -159,7 +165,7 @@ async fn send(channel: &Channel) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn work(addr: &str, channel: &Channel) -> anyhow::Result<()> {
+async fn work(channel: &Channel) -> anyhow::Result<()> {
     channel.basic_qos(10, BasicQosOptions::default()).await?;
     let options = BasicConsumeOptions::default();
     let mut deliveries = channel
@@ -176,7 +182,7 @@ async fn work(addr: &str, channel: &Channel) -> anyhow::Result<()> {
             signal = &mut stop => break signal?,
             delivery = deliveries.next() => delivery
                 .context("the broker cancelled the consumer; was the queue deleted?")?
-                .with_context(|| format!("lost the connection to {addr}"))?,
+                .context("lost the connection")?,
         };
         handle(channel, &delivery, &mut counts)
             .await
@@ -200,7 +206,7 @@ async fn handle(channel: &Channel, delivery: &Delivery, counts: &mut Counts) -> 
         Err(error) => {
             let text = String::from_utf8_lossy(&delivery.data);
             println!("{text}: no payment: {error}; dead letter");
-            let properties = note(attempt, &error.to_string());
+            let properties = noted(delivery, attempt, &error.to_string());
             publish(channel, DEAD, properties, &delivery.data).await?;
             counts.dead += 1;
         }
@@ -210,7 +216,7 @@ async fn handle(channel: &Channel, delivery: &Delivery, counts: &mut Counts) -> 
         }
         Ok(Payment { payment_id, .. }) => {
             let reason = "the bank does not answer";
-            let properties = note(attempt, reason);
+            let properties = noted(delivery, attempt, reason);
             if attempt >= ATTEMPTS {
                 println!("{payment_id}: attempt {attempt} failed: {reason}; dead letter");
                 publish(channel, DEAD, properties, &delivery.data).await?;
@@ -232,7 +238,7 @@ async fn handle(channel: &Channel, delivery: &Delivery, counts: &mut Counts) -> 
     Ok(())
 }
 
-/// The program's own count. `x-death` counts too, but only what the broker has moved; and a new message starts without.
+/// The program's own count. `x-death` counts too, but only what the broker has moved.
 fn attempts_before(delivery: &Delivery) -> u32 {
     let headers = delivery.properties.headers().as_ref();
     match headers.and_then(|headers| headers.inner().get("attempts")) {
@@ -241,11 +247,47 @@ fn attempts_before(delivery: &Delivery) -> u32 {
     }
 }
 
-fn note(attempts: u32, reason: &str) -> BasicProperties {
-    let mut headers = FieldTable::default();
+/// The properties that are texts, but two: with the sender's `expiration` a dead letter would vanish, and the broker
+/// refuses a `user_id` that is not that of the connection. (lapin can set a property, but take none away.)
+const TEXTS: [Text; 7] = [
+    (Properties::content_type, Properties::with_content_type),
+    (
+        Properties::content_encoding,
+        Properties::with_content_encoding,
+    ),
+    (Properties::correlation_id, Properties::with_correlation_id),
+    (Properties::reply_to, Properties::with_reply_to),
+    (Properties::message_id, Properties::with_message_id),
+    (Properties::kind, Properties::with_type),
+    (Properties::app_id, Properties::with_app_id),
+];
+type Properties = BasicProperties;
+type Text = (
+    fn(&Properties) -> &Option<ShortString>,
+    fn(Properties, ShortString) -> Properties,
+);
+
+/// What the sender has said of the payment goes with it, and beside it what became of it.
+fn noted(delivery: &Delivery, attempts: u32, reason: &str) -> BasicProperties {
+    let sent = &delivery.properties;
+    let headers = sent.headers().as_ref();
+    let mut headers = headers.map_or_else(BTreeMap::new, |headers| headers.inner().clone());
+    headers.remove("CC"); // more addressees, who have had it
     headers.insert("attempts".into(), AMQPValue::LongUInt(attempts));
     headers.insert("reason".into(), AMQPValue::LongString(reason.into()));
-    BasicProperties::default().with_headers(headers)
+    let mut properties = BasicProperties::default().with_headers(headers.into());
+    for (get, set) in TEXTS {
+        if let Some(text) = get(sent) {
+            properties = set(properties, text.clone());
+        }
+    }
+    if let Some(priority) = sent.priority() {
+        properties = properties.with_priority(*priority);
+    }
+    if let Some(timestamp) = sent.timestamp() {
+        properties = properties.with_timestamp(*timestamp);
+    }
+    properties
 }
 
 /// Returns when the message is in the queue.

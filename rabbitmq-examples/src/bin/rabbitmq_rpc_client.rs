@@ -49,8 +49,8 @@ const QUEUE: &str = "rpc_queue";
 const REPLY_TO: &str = "amq.rabbitmq.reply-to";
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The server's answer, or its error.
-type Reply = Result<String, String>;
+/// The server's answer or its error, or why there is none.
+type Reply = anyhow::Result<String>;
 /// Who waits for which reply.
 type Waiting = Arc<Mutex<HashMap<String, oneshot::Sender<Reply>>>>;
 
@@ -93,7 +93,8 @@ async fn connect(addr: &str) -> anyhow::Result<Connection> {
         .map_err(anyhow::Error::from)
         .and_then(|result| Ok(result?))
         .with_context(|| {
-            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+            let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+            format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
         })
 }
 
@@ -132,12 +133,12 @@ impl Client {
         let limit = Duration::from_millis(self.limit_ms.into());
         let answered = timeout(limit, async {
             self.send(&id, request).await?;
-            reply.await.context("lost the connection")
+            reply.await.context("nobody takes replies any more")
         });
         let answered = answered.await;
         lock(&self.waiting).remove(&id);
         match answered {
-            Ok(reply) => reply?.map_err(|error| anyhow!("the server says: {error}")),
+            Ok(reply) => reply?,
             Err(_) => bail!("no reply within {} ms", self.limit_ms),
         }
     }
@@ -170,17 +171,27 @@ impl Client {
 
 /// Gives each reply to the call that waits for it. A reply that comes too late finds nobody.
 async fn hand_out(mut replies: Consumer, waiting: Waiting) {
-    while let Some(Ok(reply)) = replies.next().await {
+    let reason = loop {
+        let reply = match replies.next().await {
+            Some(Ok(reply)) => reply,
+            Some(Err(error)) => break format!("lost the connection: {error}"),
+            None => break "the broker cancelled the consumer of the replies".to_owned(),
+        };
         let id = reply.properties.correlation_id().as_ref();
         let call = id.and_then(|id| lock(&waiting).remove(id.as_str()));
         let body = String::from_utf8_lossy(&reply.data).into_owned();
         let is_error = reply.properties.kind().as_ref().map(|kind| kind.as_str()) == Some("error");
         if let Some(call) = call {
-            let _ = call.send(if is_error { Err(body) } else { Ok(body) });
+            let _ = call.send(match is_error {
+                true => Err(anyhow!("the server says: {body}")),
+                false => Ok(body),
+            });
         }
+    };
+    // All who wait are told; no more replies come.
+    for (_, call) in lock(&waiting).drain() {
+        let _ = call.send(Err(anyhow!("{reason}")));
     }
-    // The connection is gone: dropping the senders tells all who wait.
-    lock(&waiting).clear();
 }
 
 fn lock(waiting: &Waiting) -> std::sync::MutexGuard<'_, HashMap<String, oneshot::Sender<Reply>>> {

@@ -69,7 +69,7 @@ async fn main() -> anyhow::Result<()> {
             signal = &mut stop => break signal?,
             request = requests.next() => request
                 .context("the broker cancelled the consumer; was the queue deleted?")?
-                .with_context(|| format!("lost the connection to {addr}"))?,
+                .context("lost the connection")?,
         };
         answered += u32::from(answer(&channel, &request).await?);
     }
@@ -90,7 +90,8 @@ async fn connect(addr: &str) -> anyhow::Result<Connection> {
         .map_err(anyhow::Error::from)
         .and_then(|result| Ok(result?))
         .with_context(|| {
-            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+            let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+            format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
         })
 }
 

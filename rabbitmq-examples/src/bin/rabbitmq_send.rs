@@ -40,7 +40,8 @@ async fn main() -> anyhow::Result<()> {
         .unwrap_or_else(|| "Task: Process order #123".into());
 
     let connection = connect(&addr).await.with_context(|| {
-        format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+        let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+        format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
     })?;
     let channel = connection.create_channel().await?;
     declare_queues(&channel).await?;

@@ -45,16 +45,16 @@
 use std::pin::pin;
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use futures::StreamExt;
-use futures::future::join_all;
+use futures::stream::FuturesUnordered;
 use lapin::message::Delivery;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
     ConfirmSelectOptions, QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
+use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
 use tokio::time::timeout;
 
 const STREAM: &str = "stream.events";
@@ -63,6 +63,10 @@ const LARGEST: i64 = 100_000_000;
 const SEGMENT: i32 = 10_000_000;
 const PERSISTENT: u8 = 2;
 const PATIENCE: Duration = Duration::from_secs(5);
+
+const CONFIRMED: &str = "stored";
+const REFUSED: &str = "refused, not in the stream";
+const UNCONFIRMED: &str = "unconfirmed, may or may not be in the stream";
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -80,7 +84,7 @@ async fn main() -> anyhow::Result<()> {
     declare(&channel).await?;
     match start {
         None => send(&channel, &args[1..]).await?,
-        Some((name, start)) => read(&addr, &channel, name, start).await?,
+        Some((name, start)) => read(&channel, name, start).await?,
     }
     connection.close(200, "OK".into()).await?;
     Ok(())
@@ -93,7 +97,8 @@ async fn connect(addr: &str) -> anyhow::Result<Connection> {
         .map_err(anyhow::Error::from)
         .and_then(|result| Ok(result?))
         .with_context(|| {
-            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+            let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+            format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
         })
 }
 
@@ -136,28 +141,54 @@ async fn declare(channel: &Channel) -> lapin::Result<()> {
     Ok(())
 }
 
+/// Publishes all at once, and says of each what became of it.
 async fn send(channel: &Channel, events: &[&str]) -> anyhow::Result<()> {
     channel
         .confirm_select(ConfirmSelectOptions::default())
         .await?;
-    let confirms = join_all(events.iter().map(|event| publish(channel, event)));
-    for confirm in timeout(PATIENCE * 2, confirms)
-        .await
-        .context("no confirms in time")?
-    {
-        confirm?;
+    let mut answers: FuturesUnordered<_> = (0..)
+        .zip(events)
+        .map(|(id, event)| async move { (id, publish(channel, id, event).await) })
+        .collect();
+    let (mut became, mut problem) = (vec![UNCONFIRMED; events.len()], None);
+    loop {
+        match timeout(PATIENCE * 2, answers.next()).await {
+            Ok(Some((id, Ok(confirmation)))) => settle(&mut became, id, confirmation),
+            // The others have answers of their own.
+            Ok(Some((_, Err(error)))) => problem = Some(error.into()),
+            Ok(None) => break,
+            Err(_) => {
+                problem = Some(anyhow!("no confirms in time"));
+                break;
+            }
+        }
     }
-    println!("stored: {}", events.join(", "));
+    for what in [CONFIRMED, REFUSED, UNCONFIRMED] {
+        let those = events.iter().zip(&became);
+        let those = those.filter(|(_, became)| **became == what);
+        let those: Vec<&str> = those.map(|(event, _)| *event).collect();
+        if !those.is_empty() {
+            println!("{what}: {}", those.join(", "));
+        }
+    }
+    if let Some(error) = problem {
+        return Err(error.context("send the unconfirmed again"));
+    }
+    let all = became.iter().all(|became| *became == CONFIRMED);
+    ensure!(all, "not all events are confirmed");
     Ok(())
 }
 
-async fn publish(channel: &Channel, event: &str) -> anyhow::Result<()> {
+async fn publish(channel: &Channel, id: usize, event: &str) -> lapin::Result<Confirmation> {
     let options = BasicPublishOptions {
         mandatory: true,
         ..BasicPublishOptions::default()
     };
-    let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
-    let confirm = channel
+    let properties = BasicProperties::default()
+        .with_delivery_mode(PERSISTENT)
+        .with_message_id(id.to_string().into());
+    // The first await hands the message to the connection, the second is its confirm.
+    channel
         .basic_publish(
             "".into(),
             STREAM.into(),
@@ -165,14 +196,34 @@ async fn publish(channel: &Channel, event: &str) -> anyhow::Result<()> {
             event.as_bytes(),
             properties,
         )
-        .await?;
-    let confirmation = confirm.await?;
-    let taken = confirmation.is_ack() && confirmation.take_message().is_none();
-    ensure!(taken, "{event} was not taken");
-    Ok(())
+        .await?
+        .await
 }
 
-async fn read(addr: &str, channel: &Channel, name: &str, start: AMQPValue) -> anyhow::Result<()> {
+fn settle(became: &mut [&str], id: usize, answer: Confirmation) {
+    match answer {
+        Confirmation::Ack(_) if became[id] == UNCONFIRMED => became[id] = CONFIRMED,
+        Confirmation::Nack(_) => became[id] = REFUSED,
+        // It had come back before; or confirms are not enabled, and nothing is known.
+        Confirmation::Ack(_) | Confirmation::NotRequested => {}
+    }
+    // What came back may come with another's confirm: only its own properties say which one it is.
+    let returned = answer.take_message();
+    let id = returned.and_then(|message| {
+        message
+            .properties
+            .message_id()
+            .as_ref()?
+            .as_str()
+            .parse()
+            .ok()
+    });
+    if let Some(became) = id.and_then(|id: usize| became.get_mut(id)) {
+        *became = REFUSED;
+    }
+}
+
+async fn read(channel: &Channel, name: &str, start: AMQPValue) -> anyhow::Result<()> {
     // Refused without: a reader that starts at the beginning would get the whole log at once.
     channel.basic_qos(100, BasicQosOptions::default()).await?;
     let mut arguments = FieldTable::default();
@@ -196,8 +247,8 @@ async fn read(addr: &str, channel: &Channel, name: &str, start: AMQPValue) -> an
             delivery = deliveries.next() => delivery
                 .context("the broker cancelled the consumer; was the stream deleted?")?
                 .with_context(|| match next {
-                    Some(next) => format!("lost the connection to {addr}; go on from {next}"),
-                    None => format!("lost the connection to {addr}"),
+                    Some(next) => format!("lost the connection; go on from {next}"),
+                    None => "lost the connection".to_owned(),
                 })?,
         };
         let offset = offset_of(&delivery).context("a delivery without an offset")?;

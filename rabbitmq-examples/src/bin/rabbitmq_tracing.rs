@@ -67,6 +67,8 @@ const REJECTED: &str = "traced-orders.rejected";
 /// Where the names of spans and attributes below come from. The conventions on messaging are not stable yet, so the
 /// version belongs to the names.
 const CONVENTIONS: &str = "https://opentelemetry.io/schemas/1.43.0";
+/// What would keep the others waiting for longer is rejected.
+const LONGEST_MS: u64 = 60_000;
 const PERSISTENT: u8 = 2;
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -88,7 +90,7 @@ async fn main() -> anyhow::Result<()> {
     declare_queues(&channel).await?;
     let traces = start_tracing()?;
     let ended = match command.as_deref() {
-        None => consume(&addr, &channel, slow).await,
+        None => consume(&channel, slow).await,
         Some("send") => send(&channel).await,
         Some(_) => bail!("usage: rabbitmq_tracing [send]"),
     };
@@ -106,7 +108,8 @@ async fn connect(addr: &str) -> anyhow::Result<Connection> {
         .map_err(anyhow::Error::from)
         .and_then(|result| Ok(result?))
         .with_context(|| {
-            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+            let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+            format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
         })
 }
 
@@ -282,7 +285,7 @@ impl Extractor for Incoming<'_> {
     }
 }
 
-async fn consume(addr: &str, channel: &Channel, slow: Duration) -> anyhow::Result<()> {
+async fn consume(channel: &Channel, slow: Duration) -> anyhow::Result<()> {
     channel.basic_qos(1, BasicQosOptions::default()).await?;
     let options = BasicConsumeOptions::default();
     let mut deliveries = channel
@@ -297,7 +300,7 @@ async fn consume(addr: &str, channel: &Channel, slow: Duration) -> anyhow::Resul
             signal = &mut stop => break signal?,
             delivery = deliveries.next() => delivery
                 .context("the broker cancelled the consumer; was the queue deleted?")?
-                .with_context(|| format!("lost the connection to {addr}"))?,
+                .context("lost the connection")?,
         };
         let handled = process(&delivery, slow).await;
         let settled = if handled {
@@ -306,10 +309,7 @@ async fn consume(addr: &str, channel: &Channel, slow: Duration) -> anyhow::Resul
             let options = BasicRejectOptions { requeue: false };
             delivery.reject(options).await?
         };
-        ensure!(
-            settled,
-            "lost the connection to {addr}; the order comes again"
-        );
+        ensure!(settled, "lost the connection; the order comes again");
     }
     channel
         .basic_cancel(deliveries.tag(), BasicCancelOptions::default())
@@ -365,6 +365,8 @@ async fn process(delivery: &Delivery, slow: Duration) -> bool {
 
 async fn handle(body: &[u8]) -> anyhow::Result<()> {
     let order: Order = serde_json::from_slice(body)?;
+    let longest = LONGEST_MS;
+    ensure!(order.work_ms <= longest, "it takes more than {longest} ms");
     charge(&order).await;
     Ok(())
 }

@@ -29,8 +29,8 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use futures::StreamExt;
 use lapin::options::{
-    BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, BasicQosOptions,
-    ConfirmSelectOptions, QueueDeclareOptions, QueuePurgeOptions,
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions,
+    BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions, QueuePurgeOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, ErrorKind};
@@ -67,7 +67,8 @@ async fn connect(addr: &str) -> anyhow::Result<Connection> {
         .map_err(anyhow::Error::from)
         .and_then(|result| Ok(result?))
         .with_context(|| {
-            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+            let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+            format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
         })
 }
 
@@ -180,7 +181,7 @@ async fn backpressure(connection: &Connection, channel: &Channel) -> anyhow::Res
             sleep(Duration::from_millis(20)).await; // the work
             order.ack(BasicAckOptions::default()).await?;
         }
-        anyhow::Ok(got)
+        anyhow::Ok((got, deliveries))
     });
     let mut refusals = 0;
     let mut orders = Vec::new();
@@ -194,7 +195,10 @@ async fn backpressure(connection: &Connection, channel: &Channel) -> anyhow::Res
         }
         orders.push(order);
     }
-    let got = consumer.await??;
+    let (got, deliveries) = consumer.await??;
+    // Left to the drop, it would be cancelled in the background, and the channel may be closing by then: an error.
+    slow.basic_cancel(deliveries.tag(), BasicCancelOptions::default())
+        .await?;
     slow.close(200, "OK".into()).await?;
     let lost = orders.iter().filter(|order| !got.contains(order)).count();
     let refused = if refusals > 0 { "some" } else { "none" };

@@ -106,7 +106,8 @@ async fn connect(addr: &str) -> anyhow::Result<Connection> {
         .map_err(anyhow::Error::from)
         .and_then(|result| Ok(result?))
         .with_context(|| {
-            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+            let host = addr.rsplit('@').next().unwrap_or_default(); // without the password
+            format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
         })
 }
 
@@ -160,9 +161,9 @@ async fn handle(number: u16, delivery: &Delivery) -> anyhow::Result<bool> {
     let task = match std::str::from_utf8(&delivery.data) {
         Ok(task) if task.matches('.').count() <= LONGEST => task,
         _ => {
-            println!("worker {number}: no task, or too long a one, moved to {REJECTED}");
             let options = BasicRejectOptions { requeue: false };
-            delivery.reject(options).await?;
+            ensure!(delivery.reject(options).await?, "lost the connection");
+            println!("worker {number}: no task, or too long a one, moved to {REJECTED}");
             return Ok(false);
         }
     };

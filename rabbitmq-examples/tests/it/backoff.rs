@@ -1,14 +1,18 @@
-//! A payment that fails is never lost and never in the way.
+//! A payment that fails is not lost with its worker, and never in the way.
+//!
+//! Not the broker's SIGKILL: it hands on what has waited without a confirm, and that one may be lost.
 
 use anyhow::{Context, Result};
 use compose::harness::Running;
-use lapin::types::AMQPValue;
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 
 use crate::shared::{Place, SOON, vhost};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_retry_backoff");
 const PAYMENTS: &str = "retry-backoff.payments";
 const DEAD: &str = "retry-backoff.dead";
+const OTHER: &str = "other";
 const WAITING: [u32; 4] = [100, 200, 400, 500];
 
 fn worker(place: &Place) -> Result<Running> {
@@ -99,6 +103,48 @@ async fn sigkill_again_and_again_loses_no_payment() -> Result<()> {
     dead.sort();
     dead.dedup();
     assert_eq!(dead.len(), 300);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_the_sender_has_said_of_it_goes_along_but_its_expiration() -> Result<()> {
+    let place = vhost().await?;
+    let mut worker = worker(&place)?;
+    for body in [r#"{"payment_id":"p","fails":1000}"#, "no payment"] {
+        let mut headers = FieldTable::default();
+        headers.insert("tenant".into(), AMQPValue::LongString("north".into()));
+        headers.insert(
+            "CC".into(),
+            AMQPValue::FieldArray(vec![AMQPValue::LongString(OTHER.into())].into()),
+        );
+        let sent = BasicProperties::default()
+            .with_message_id("id-7".into())
+            .with_content_type("application/json".into())
+            .with_timestamp(1_750_000_000)
+            .with_user_id("guest".into())
+            .with_expiration("600000".into())
+            .with_headers(headers);
+        place.declare(OTHER).await?;
+        place.publish_with(PAYMENTS, body.as_bytes(), sent).await?;
+        worker.wait_for("dead letter", SOON)?;
+        place.becomes(DEAD, (1, 0)).await?;
+        let letter = place.take(DEAD).await?.context("no dead letter")?;
+        let properties = &letter.properties;
+        let text = |text: &Option<ShortString>| text.as_ref().map(ToString::to_string);
+        assert_eq!(text(properties.message_id()).as_deref(), Some("id-7"));
+        assert_eq!(
+            text(properties.content_type()).as_deref(),
+            Some("application/json")
+        );
+        assert_eq!(properties.timestamp(), &Some(1_750_000_000));
+        assert_eq!(text(properties.expiration()), None);
+        let headers = properties.headers().clone().unwrap_or_default();
+        let north = AMQPValue::LongString("north".into());
+        assert_eq!(headers.inner().get("tenant"), Some(&north));
+        assert!(headers.contains_key("attempts") && headers.contains_key("reason"));
+        // The other addressee has had it once, from the sender.
+        assert_eq!(place.drain(OTHER).await?, [body]);
+    }
     Ok(())
 }
 

@@ -57,57 +57,73 @@ async fn each_way_confirms_all_and_they_are_in_the_queue() -> Result<()> {
     place.becomes("publisher-confirms.full", (10, 0)).await
 }
 
+/// Publishes without end, lets `fault` happen, and compares what is said with what is there after `mend`.
+async fn ordeal(
+    rabbitmq: &Broker,
+    way: &str,
+    [fault, mend]: [fn(&Broker, u16) -> Result<()>; 2],
+    reasons: &[&str],
+) -> Result<()> {
+    let place = Place::of(rabbitmq).await?;
+    let mut publisher = place.example(PUBLISHER).args(["10000000", way]).spawn()?;
+    // It purges what the round before has left; the queue may not be there yet.
+    place.exists(QUEUE).await?;
+    // More than the window, or none of them need be confirmed.
+    place
+        .becomes_such(QUEUE, "at least 1500", |(ready, _)| ready >= 1500)
+        .await?;
+    fault(rabbitmq, 1)?;
+    let ended = publisher.wait(SOON)?;
+    let said = &ended.stderr;
+    assert_eq!(ended.code(), 1, "{}", ended.stdout);
+    assert!(said.contains("publish what is unconfirmed again"), "{said}");
+    assert!(reasons.iter().any(|reason| said.contains(reason)), "{said}");
+    let mut lines = ended.stdout.lines();
+    let [attempted, confirmed, refused, unconfirmed] = counts(lines.next().context("no counts")?)?;
+    let doubtful = ids(lines
+        .next()
+        .and_then(|line| line.strip_prefix("unconfirmed: "))
+        .context("none in doubt")?)?;
+    assert_eq!(refused, 0);
+    assert_eq!(doubtful.len() as u64, unconfirmed);
+    assert_eq!(attempted, confirmed + unconfirmed);
+    assert!(confirmed >= 100, "{confirmed} confirmed");
+
+    mend(rabbitmq, 1)?;
+    let place = Place::of(rabbitmq).await?;
+    let mut there = BTreeSet::new();
+    while let Some(message) = place.take(QUEUE).await? {
+        let id = message.properties.message_id().as_ref().context("no id")?;
+        there.insert(id.as_str().parse::<u64>()?);
+    }
+    let lost = (1..=attempted).filter(|id| !there.contains(id) && !doubtful.contains(id));
+    assert_eq!(
+        lost.collect::<Vec<_>>(),
+        [0; 0],
+        "{way}: confirmed and lost"
+    );
+    assert!(
+        there.iter().all(|id| (1..=attempted).contains(id)),
+        "{way}: never attempted"
+    );
+    Ok(())
+}
+
 #[tokio::test]
-async fn sigkill_of_the_broker_leaves_no_doubt_about_what_is_in_doubt() -> Result<()> {
+async fn a_broker_that_is_killed_or_silent_leaves_no_doubt_about_what_is_in_doubt() -> Result<()> {
     let rabbitmq = Broker::private(Service::RabbitMq)?;
     let place = Place::of(&rabbitmq).await?;
     place.run(PUBLISHER, &["10", "batches"])?.ok()?;
     settle(&rabbitmq)?;
     for way in ["batches", "streaming"] {
-        let place = Place::of(&rabbitmq).await?;
-        let mut publisher = place.example(PUBLISHER).args(["10000000", way]).spawn()?;
-        // It purges what the round before has left; the queue may not be there yet.
-        place.exists(QUEUE).await?;
-        place
-            .becomes_such(QUEUE, "at least 500", |(ready, _)| ready >= 500)
-            .await?;
-        rabbitmq.kill(1)?;
-        let ended = publisher.wait(SOON)?;
-        assert_eq!(ended.code(), 1, "{}", ended.stdout);
-        assert!(
-            ended.stderr.contains("publish what is unconfirmed again"),
-            "{}",
-            ended.stderr
-        );
-        let mut lines = ended.stdout.lines();
-        let [attempted, confirmed, refused, unconfirmed] =
-            counts(lines.next().context("no counts")?)?;
-        let doubtful = ids(lines
-            .next()
-            .and_then(|line| line.strip_prefix("unconfirmed: "))
-            .context("none in doubt")?)?;
-        assert_eq!(refused, 0);
-        assert_eq!(doubtful.len() as u64, unconfirmed);
-        assert_eq!(attempted, confirmed + unconfirmed);
-        assert!(confirmed >= 100, "{confirmed} confirmed");
-
-        rabbitmq.restart(1)?;
-        let place = Place::of(&rabbitmq).await?;
-        let mut there = BTreeSet::new();
-        while let Some(message) = place.take(QUEUE).await? {
-            let id = message.properties.message_id().as_ref().context("no id")?;
-            there.insert(id.as_str().parse::<u64>()?);
-        }
-        let lost = (1..=attempted).filter(|id| !there.contains(id) && !doubtful.contains(id));
-        assert_eq!(
-            lost.collect::<Vec<_>>(),
-            [0; 0],
-            "{way}: confirmed and lost"
-        );
-        assert!(
-            there.iter().all(|id| (1..=attempted).contains(id)),
-            "{way}: never attempted"
-        );
+        ordeal(&rabbitmq, way, [Broker::kill, Broker::restart], &[""]).await?;
     }
-    Ok(())
+    let silent = ["no confirm within 10s", "the broker takes nothing more"];
+    ordeal(
+        &rabbitmq,
+        "streaming",
+        [Broker::pause, Broker::resume],
+        &silent,
+    )
+    .await
 }

@@ -1,8 +1,11 @@
 //! Whatever the signal, what was begun is finished or comes back, and what was not begun comes back at once.
 
-use anyhow::Result;
+use std::time::Duration;
 
-use crate::shared::{SOON, vhost};
+use anyhow::Result;
+use compose::{Broker, Service};
+
+use crate::shared::{Place, SOON, vhost};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_graceful_shutdown");
 const QUEUE: &str = "graceful-shutdown";
@@ -55,6 +58,43 @@ async fn what_does_not_end_in_time_comes_back() -> Result<()> {
         ended.stdout
     );
     place.becomes(QUEUE, (3, 0)).await
+}
+
+#[tokio::test]
+async fn a_silent_broker_keeps_it_no_longer_than_the_grace() -> Result<()> {
+    let rabbitmq = Broker::private(Service::RabbitMq)?;
+    let place = Place::of(&rabbitmq).await?;
+    // The time is up, or the second signal ends it.
+    for (grace, signals) in [("1", 1), ("600", 2)] {
+        place.run(PROGRAM, &["send", "4"])?.ok()?;
+        let program = place
+            .example(PROGRAM)
+            .env("TASK_SECONDS", "600")
+            .env("GRACE_SECONDS", grace);
+        let mut working = program.spawn()?;
+        working.wait_for("task-2: begun", SOON)?;
+        rabbitmq.pause(1)?;
+        working.terminate()?;
+        if signals == 2 {
+            working.interrupt()?;
+        }
+        let ended = working.wait(Duration::from_secs(20))?;
+        rabbitmq.resume(1)?;
+        assert_eq!(ended.code(), 1, "{}", ended.stdout);
+        assert!(
+            ended.stdout.contains("done 0, given back 0, cut short 2"),
+            "{}",
+            ended.stdout
+        );
+        assert!(
+            ended.stderr.contains("does not answer the close"),
+            "{}",
+            ended.stderr
+        );
+        place.becomes(QUEUE, (4, 0)).await?;
+        place.drain(QUEUE).await?;
+    }
+    Ok(())
 }
 
 #[tokio::test]

@@ -2,10 +2,11 @@
 
 use anyhow::{Context, Result};
 use compose::harness::Running;
+use compose::{Broker, Service};
 use lapin::options::QueueDeclareOptions;
 use lapin::types::FieldTable;
 
-use crate::shared::{Place, SOON, vhost};
+use crate::shared::{Place, SOON, settle, vhost};
 
 const MONITOR: &str = env!("CARGO_BIN_EXE_rabbitmq_queue_monitor");
 const PITFALL: &str = env!("CARGO_BIN_EXE_rabbitmq_pitfall_missing_ack");
@@ -53,10 +54,64 @@ async fn it_warns_of_ready_and_of_unacknowledged_and_says_when_it_is_over() -> R
     for message in held {
         message.ack(Default::default()).await?;
     }
+    watching.wait_for("recovered: deep has nothing left", SOON)?;
     watching.wait_for("recovered: deep has 0 messages", SOON)?;
+    // Whatever comes under its name later, is another queue.
+    place
+        .channel
+        .queue_delete("deep".into(), Default::default())
+        .await?;
+    watching.wait_for("deep: the queue is gone", SOON)?;
+    place.declare("deep").await?;
+    for _ in 0..7 {
+        place.publish("deep", b"x").await?;
+    }
+    watching.wait_for("WARNING: deep has 7 messages", SOON)?;
+    watching.wait_for("WARNING: deep has messages and no consumer", SOON)?;
+    holder.channel.basic_qos(1, Default::default()).await?;
+    let consumer = holder
+        .channel
+        .basic_consume(
+            "deep".into(),
+            "".into(),
+            Default::default(),
+            Default::default(),
+        )
+        .await?;
+    watching.wait_for("recovered: deep has a consumer", SOON)?;
+    drop(consumer);
     watching.interrupt()?;
     let ended = watching.wait(SOON)?.ok()?;
     assert!(!ended.stdout.contains("other"), "{}", ended.stdout);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_queue_without_numbers_is_not_an_empty_one() -> Result<()> {
+    let rabbitmq = Broker::private(Service::RabbitMq)?;
+    let place = Place::of(&rabbitmq).await?;
+    place.declare("deep").await?;
+    for _ in 0..6 {
+        place.publish("deep", b"x").await?;
+    }
+    let mut before = monitor(&place, &["deep"])?;
+    before.wait_for("WARNING: deep has messages and no consumer", SOON)?;
+    settle(&rabbitmq)?;
+    let mut after = monitor(&place, &["deep"])?;
+    after.wait_for("deep: ready 6", SOON)?;
+    after.wait_for("WARNING: deep has messages and no consumer", SOON)?;
+    for watching in [&mut before, &mut after] {
+        watching.interrupt()?;
+        let said = watching.wait(SOON)?.ok()?.stdout;
+        // In the first one before the messages had come, and never again.
+        let (_, said) = said
+            .split_once("WARNING: deep has messages")
+            .context("no warning")?;
+        assert!(
+            !said.contains("ready 0") && !said.contains("recovered"),
+            "{said}"
+        );
+    }
     Ok(())
 }
 
@@ -83,9 +138,11 @@ async fn what_is_wrong_is_an_error_that_says_so() -> Result<()> {
     let claim = compose::ports::claim()?;
     let away = format!("http://127.0.0.1:{}", claim.port);
     let said = run(&place.address, &away)?;
+    let host = place.address.rsplit('@').next().context("no host")?;
+    assert!(said.contains(&away) && said.contains(host), "{said}");
     assert!(
-        said.contains(&away) && said.contains(&place.address),
-        "{said}"
+        !said.contains("guest:guest"),
+        "the password is printed: {said}"
     );
     assert!(said.contains("cargo lab up rabbitmq"), "{said}");
 

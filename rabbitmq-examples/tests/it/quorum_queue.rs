@@ -1,6 +1,9 @@
 //! Confirmed jobs survive the broker's SIGKILL, and a poison message ends in the dead letters.
 
-use anyhow::{Context, Result};
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, ensure};
+use compose::harness::Finished;
 use compose::{Broker, Service};
 
 use crate::shared::{Place, SOON, vhost};
@@ -51,6 +54,91 @@ async fn confirmed_jobs_survive_sigkill_of_the_broker() -> Result<()> {
         "{}",
         ended.stderr
     );
+    Ok(())
+}
+
+/// The jobs on the line that begins with `what`.
+fn listed(ended: &Finished, what: &str) -> BTreeSet<String> {
+    let line = ended
+        .stdout
+        .lines()
+        .find_map(|line| line.strip_prefix(what));
+    let jobs = line.into_iter().flat_map(|line| line.split(", "));
+    jobs.map(String::from).collect()
+}
+
+/// Sends many jobs, and lets `fault` happen in the middle of it.
+async fn send_under(
+    place: &Place,
+    jobs: &[String],
+    fault: impl FnOnce() -> Result<()>,
+) -> Result<Finished> {
+    let mut sending = place.example(PROGRAM).args(["send"]).args(jobs).spawn()?;
+    place
+        .becomes_such(JOBS, "at least 200", |(ready, _)| ready >= 200)
+        .await?;
+    ensure!(
+        sending.try_wait()?.is_none(),
+        "all is sent before the fault"
+    );
+    fault()?;
+    sending.wait(SOON)
+}
+
+#[tokio::test]
+async fn sigkill_in_the_middle_of_a_send_leaves_no_job_unnamed() -> Result<()> {
+    let rabbitmq = Broker::private(Service::RabbitMq)?;
+    let place = Place::of(&rabbitmq).await?;
+    place.run(PROGRAM, &["dead"])?.ok()?;
+    registered(&rabbitmq).await?;
+    let jobs: Vec<String> = (1..=30_000).map(|number| format!("job-{number}")).collect();
+    let ended = send_under(&place, &jobs, || rabbitmq.kill(1)).await?;
+    assert_eq!(ended.code(), 1);
+    assert!(
+        ended.stderr.contains("send the unconfirmed again"),
+        "{}",
+        ended.stderr
+    );
+    let confirmed = listed(&ended, "sent and confirmed: ");
+    let unconfirmed = listed(&ended, "unconfirmed, may or may not be in the queue: ");
+    println!(
+        "{} confirmed, {} unconfirmed",
+        confirmed.len(),
+        unconfirmed.len()
+    );
+    assert!(!confirmed.is_empty() && !unconfirmed.is_empty());
+    assert!(confirmed.is_disjoint(&unconfirmed));
+    let all: BTreeSet<String> = jobs.into_iter().collect();
+    assert_eq!(&confirmed | &unconfirmed, all);
+    rabbitmq.restart(1)?;
+    let there = Place::of(&rabbitmq)
+        .await?
+        .take_until(JOBS, &confirmed)
+        .await?;
+    assert!(there.iter().all(|job| all.contains(job)));
+    Ok(())
+}
+
+#[tokio::test]
+async fn two_of_three_nodes_confirm_all_when_the_third_is_killed() -> Result<()> {
+    let rabbitmq = Broker::private_cluster(Service::RabbitMq, 3)?;
+    let place = Place::of(&rabbitmq).await?;
+    place.run(PROGRAM, &["dead"])?.ok()?;
+    let url = format!("{}/api/queues/%2f/{JOBS}", place.management);
+    let request = reqwest::Client::new().get(url);
+    let answer = request.basic_auth("guest", Some("guest")).send().await?;
+    let queue: serde_json::Value = answer.json().await?;
+    assert_eq!(
+        queue["members"].as_array().map(Vec::len),
+        Some(3),
+        "{queue}"
+    );
+    let jobs: Vec<String> = (1..=10_000).map(|number| format!("job-{number}")).collect();
+    let ended = send_under(&place, &jobs, || rabbitmq.kill(2)).await?.ok()?;
+    let all: BTreeSet<String> = jobs.into_iter().collect();
+    assert_eq!(listed(&ended, "sent and confirmed: "), all);
+    place.becomes(JOBS, (10_000, 0)).await?;
+    place.take_until(JOBS, &all).await?;
     Ok(())
 }
 

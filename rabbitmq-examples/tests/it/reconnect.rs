@@ -1,12 +1,12 @@
 //! The broker dies three times, and the books are right.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result};
 use compose::harness::Finished;
 use compose::{Broker, Service};
 
-use crate::shared::{Place, SOON, settle};
+use crate::shared::{Place, SOON, settle, vhost};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_reconnect");
 const QUEUE: &str = "reconnect";
@@ -53,6 +53,8 @@ async fn nothing_confirmed_is_lost_and_what_is_there_twice_was_in_doubt() -> Res
     let ended = ordeal(&rabbitmq, &["publish"]).await?;
     let books = books(&ended)?;
     let (attempted, acked, doubtful) = (books["attempted"], books["acked"], books["indeterminate"]);
+    // Nobody has looked, so nothing is said of it.
+    assert!(!books.contains_key("lost"), "{}", ended.stdout);
     // All was confirmed in the end, so each must be there.
     assert_eq!(acked, attempted, "{}", ended.stdout);
     assert!(doubtful >= 1, "{}", ended.stdout);
@@ -92,6 +94,93 @@ async fn both_sides_go_on_and_all_that_was_confirmed_is_handled() -> Result<()> 
         ended.stdout
     );
     assert_eq!(books["delivered"], books["attempted"] + books["duplicate"]);
-    // Those in doubt, and for each kill at most what the consumer held (its prefetch) or had acknowledged in vain.
+    // What it says it has handled is handled in the broker's books, too.
+    Place::of(&rabbitmq).await?.becomes(QUEUE, (0, 0)).await
+}
+
+#[tokio::test]
+async fn who_gives_up_hears_what_may_or_may_not_be_there() -> Result<()> {
+    let rabbitmq = Broker::private(Service::RabbitMq)?;
+    let place = Place::of(&rabbitmq).await?;
+    place.declare(QUEUE).await?;
+    settle(&rabbitmq)?;
+    let mut program = place.example(PROGRAM).args(["publish"]).spawn()?;
+    program.wait_for("confirmed: ", SOON)?;
+    rabbitmq.kill(1)?;
+    program.wait_for("publisher: connection lost", SOON)?;
+    program.interrupt()?;
+    program.wait_for("Ctrl-C to give up", SOON)?;
+    program.interrupt()?;
+    let ended = program.wait(SOON)?;
+    assert_eq!(ended.code(), 1, "{}", ended.stdout);
+    let books = books(&ended)?;
+    let (attempted, acked) = (books["attempted"], books["acked"]);
+    let (_, doubtful) = ended
+        .stderr
+        .split_once("may or may not be in the queue: ")
+        .with_context(|| format!("nothing in doubt: {}", ended.stderr))?;
+    let doubtful = doubtful.trim().split(", ").map(str::parse);
+    let doubtful: BTreeSet<u64> = doubtful.collect::<Result<_, _>>()?;
+    assert_eq!(attempted - acked, doubtful.len() as u64);
+    assert!(books["indeterminate"] >= doubtful.len() as u64);
+    rabbitmq.restart(1)?;
+    let confirmed = (1..=attempted).filter(|id| !doubtful.contains(id));
+    let confirmed = confirmed.map(|id| id.to_string()).collect();
+    Place::of(&rabbitmq)
+        .await?
+        .take_until(QUEUE, &confirmed)
+        .await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_second_one_is_refused_and_takes_nothing_away() -> Result<()> {
+    let place = vhost().await?;
+    let mut first = place.start(PROGRAM, &[], "publishing and consuming")?;
+    first.wait_for("confirmed: ", SOON)?;
+    place
+        .becomes_such(QUEUE, "a consumer", |(_, consumers)| consumers == 1)
+        .await?;
+    for half in [[].as_slice(), &["publish"], &["consume"]] {
+        let second = place.run(PROGRAM, half)?;
+        assert_eq!((second.code(), second.stdout.as_str()), (1, ""));
+        assert!(
+            second.stderr.contains("has a consumer already"),
+            "{}",
+            second.stderr
+        );
+    }
+    let options = Default::default();
+    let refused = place
+        .channel
+        .basic_consume(QUEUE.into(), "".into(), options, Default::default())
+        .await;
+    assert!(refused.is_err(), "it is not exclusive");
+    first.interrupt()?;
+    let books = books(&first.wait(SOON)?.ok()?)?;
+    assert_eq!((books["lost"], books["duplicate"]), (0, 0));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_queue_that_is_deleted_is_declared_again_and_what_came_back_is_published_again()
+-> Result<()> {
+    let place = vhost().await?;
+    let mut program = place.start(PROGRAM, &["publish"], "publishing")?;
+    program.wait_for("confirmed: ", SOON)?;
+    let options = Default::default();
+    place.channel.queue_delete(QUEUE.into(), options).await?;
+    program.wait_for("messages came back", SOON)?;
+    program.wait_for("confirmed: ", SOON)?;
+    program.interrupt()?;
+    let books = books(&program.wait(SOON)?.ok()?)?;
+    assert_eq!(books["acked"], books["attempted"]);
+    // The deleted queue has taken what was confirmed before; from then on there is no gap.
+    let there = place.drain(QUEUE).await?;
+    let there = there.iter().map(|id| id.parse());
+    let there: BTreeSet<u64> = there.collect::<Result<_, _>>()?;
+    let first = there.first().context("nothing is there")?;
+    assert_eq!(first % 100, 1, "the rest of the batch is missing");
+    assert!(there.iter().copied().eq(*first..=books["attempted"]));
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use compose::harness::Running;
+use compose::{Broker, Service};
 use lapin::BasicProperties;
 
 use crate::shared::{Place, SOON, vhost};
@@ -93,6 +94,27 @@ async fn a_silent_server_is_a_timeout_and_late_requests_are_not_carried_out() ->
     let ended = place.run(CLIENT, &["20"])?.ok()?;
     assert_eq!(ended.stdout, "fib(20) = 6765\n");
     assert!(!stuck.lines().iter().any(|line| line.starts_with("fib(11)")));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_lost_connection_ends_the_calls_at_once_and_says_so() -> Result<()> {
+    let rabbitmq = Broker::private(Service::RabbitMq)?;
+    let place = Place::of(&rabbitmq).await?;
+    let mut stuck = server(&place)?;
+    stuck.pause()?;
+    let call = place.example(CLIENT).env("RPC_TIMEOUT_MS", "600000");
+    let mut client = call.args(["10", "11"]).spawn()?;
+    place.becomes(QUEUE, (1, 1)).await?;
+    rabbitmq.kill(1)?;
+    let ended = client.wait(SOON)?;
+    assert_eq!(ended.code(), 1);
+    assert_eq!(
+        ended.stdout.matches("lost the connection: ").count(),
+        2,
+        "{}",
+        ended.stdout
+    );
     Ok(())
 }
 

@@ -102,6 +102,7 @@ async fn a_confirmed_task_survives_sigkill_of_the_broker_and_the_receiver_says_t
         said.contains("lost the connection") || said.contains("was not acknowledged"),
         "{said}"
     );
+    assert!(!ended.stdout.contains("done: "), "{}", ended.stdout);
     rabbitmq.restart(1)?;
     let place = Place::of(&rabbitmq).await?;
     for _ in 0..2 {

@@ -1,5 +1,6 @@
 //! One broker for all tests that leave it alone, with a virtual host for each; and what they look at it with.
 
+use std::collections::BTreeSet;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -7,10 +8,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use compose::harness::{Example, Finished, Running};
 use compose::{Broker, Service};
+use futures::StreamExt;
 use lapin::message::BasicGetMessage;
 use lapin::options::{
-    BasicAckOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions,
-    QueueDeclareOptions,
+    BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions,
+    ConfirmSelectOptions, QueueDeclareOptions,
 };
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
@@ -224,6 +226,31 @@ impl Place {
             message.ack(BasicAckOptions::default()).await?;
         }
         Ok(message)
+    }
+
+    /// Takes messages for good until all of `expected` have come: the bodies of all that came.
+    pub async fn take_until(
+        &self,
+        queue: &str,
+        expected: &BTreeSet<String>,
+    ) -> Result<Vec<String>> {
+        let options = BasicConsumeOptions {
+            no_ack: true,
+            ..BasicConsumeOptions::default()
+        };
+        let mut deliveries = self
+            .channel
+            .basic_consume(queue.into(), "".into(), options, FieldTable::default())
+            .await?;
+        let (mut missing, mut bodies) = (expected.clone(), Vec::new());
+        while !missing.is_empty() {
+            let next = tokio::time::timeout(SOON, deliveries.next()).await;
+            let next = next.with_context(|| format!("{queue}: {missing:?} do not come"))?;
+            let body = String::from_utf8_lossy(&next.context("cancelled")??.data).into_owned();
+            missing.remove(&body);
+            bodies.push(body);
+        }
+        Ok(bodies)
     }
 
     /// The bodies of all that is ready, taken for good.

@@ -75,6 +75,22 @@ async fn one_trace_for_each_order_through_both_programs_and_a_redelivery() -> Re
 }
 
 #[tokio::test]
+async fn an_order_that_would_take_for_ever_is_rejected() -> Result<()> {
+    let place = vhost().await?;
+    let mut consumer = place.start(PROGRAM, &[], "waiting for orders")?;
+    for work_ms in ["18446744073709551615", "0"] {
+        let order = format!(r#"{{"order_id":"order","work_ms":{work_ms}}}"#);
+        place.publish(QUEUE, order.as_bytes()).await?;
+    }
+    consumer.wait_for("it takes more than 60000 ms", SOON)?;
+    consumer.wait_for("unnamed: handled", SOON)?;
+    place.becomes(&format!("{QUEUE}.rejected"), (1, 0)).await?;
+    consumer.interrupt()?;
+    consumer.wait(SOON)?.ok()?;
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_header_that_is_broken_begins_a_new_trace() -> Result<()> {
     let place = vhost().await?;
     let mut consumer = place.start(PROGRAM, &[], "waiting for orders")?;

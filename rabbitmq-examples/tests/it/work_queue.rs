@@ -29,6 +29,32 @@ async fn a_confirmed_task_is_in_the_queue_and_persistent() -> Result<()> {
 }
 
 #[tokio::test]
+async fn what_became_of_each_task_is_said() -> Result<()> {
+    let place = vhost().await?;
+    // Room for one, whoever declares it.
+    let policy = r#"{"pattern":"^work-queue$","apply-to":"queues",
+        "definition":{"max-length":1,"overflow":"reject-publish"}}"#;
+    let name = place
+        .address
+        .rsplit('/')
+        .next()
+        .context("no virtual host")?;
+    let url = format!("{}/api/policies/{name}/full", place.management);
+    let request = reqwest::Client::new().put(url).body(policy);
+    let request = request.header("content-type", "application/json");
+    let answer = request.basic_auth("guest", Some("guest")).send().await?;
+    assert!(answer.status().is_success(), "{}", answer.status());
+    let ended = place.run(SENDER, &["a", "b", "a"])?;
+    assert_eq!(ended.code(), 1);
+    assert_eq!(
+        ended.stdout,
+        "sent and confirmed: a\nrefused, not in the queue: b\nrefused, not in the queue: a\n"
+    );
+    assert_eq!(place.drain(QUEUE).await?, ["a"]);
+    Ok(())
+}
+
+#[tokio::test]
 async fn sigkill_hands_the_task_to_the_other_worker() -> Result<()> {
     let place = vhost().await?;
     let mut first = workers(&place, "1")?;
