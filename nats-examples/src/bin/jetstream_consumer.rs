@@ -23,8 +23,10 @@
 //!
 //! Notice: `double_ack` waits until the server has the ack; a plain `ack` is a message that can be lost like any other,
 //! and then the order comes again. The server remembers the consumer and not the program: nothing here keeps a
-//! position. The program asks for one message at a time. A client that fetches 200, as is the default, has 200 ack
-//! waits running while it works on the first, and those that take too long are delivered again, to another member too.
+//! position. The program asks for one message, and for the next when it has done the work. A client that fetches 200,
+//! as is the default, has 200 ack waits running while it works on the first, and those that take too long are delivered
+//! again, to another member too. A stream of messages fetches ahead even with batches of one: it asks again when its
+//! last question has expired or the server is back, whether or not the program has time.
 //!
 //! Try: WORK_MS=60000, kill it with SIGKILL while it processes, start it again: after the ack wait of five seconds the
 //! order is there, as delivery 2. Start it twice: the two share the orders. Kill the server, and restart it.
@@ -37,6 +39,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use async_nats::jetstream::consumer::{PullConsumer, pull};
+use async_nats::jetstream::context::PublishErrorKind;
 use async_nats::jetstream::{self, AckKind, Context, Message, stream};
 use futures::{FutureExt, StreamExt};
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
@@ -95,8 +98,15 @@ async fn send(jetstream: &Context, orders: &[&str]) -> anyhow::Result<()> {
         let ack = jetstream
             .publish("orders.created", order.to_string().into())
             .await?;
-        let ack = ack.await;
-        let ack = ack.with_context(|| format!("{order}: no ack, it may be stored or not"))?;
+        let ack = ack.await.map_err(|error| {
+            let what = match error.kind() {
+                PublishErrorKind::TimedOut | PublishErrorKind::BrokenPipe => {
+                    "no ack, it may be stored or not"
+                }
+                _ => "refused, it is not stored",
+            };
+            anyhow::Error::new(error).context(format!("{order}: {what}"))
+        })?;
         println!("{order}: stored in {} as {}", ack.stream, ack.sequence);
     }
     Ok(())
@@ -105,38 +115,37 @@ async fn send(jetstream: &Context, orders: &[&str]) -> anyhow::Result<()> {
 async fn consume(consumer: &PullConsumer, work: Duration) -> anyhow::Result<()> {
     let mut acknowledged = 0;
     let mut stop = pin!(tokio::signal::ctrl_c());
-    'consume: loop {
-        // A stream of messages can end or stall for good after an outage: on an error, wait, and make a new one.
-        let mut messages = match consumer.stream().max_messages_per_batch(1).messages().await {
-            Ok(messages) => messages,
-            Err(error) => bail!("cannot ask for messages: {error}"),
-        };
-        loop {
-            let message = tokio::select! {
-                // Polled first: only then is Ctrl-C ours, also during the first piece of work.
-                biased;
-                signal = &mut stop => {
-                    signal?;
-                    // It may have come in this moment. Given back, it need not wait for the ack wait.
-                    if let Some(Some(Ok(message))) = messages.next().now_or_never() {
-                        give_back(&message).await;
-                    }
-                    break 'consume;
+    loop {
+        // One question, one message. It ends without any after a while, or when an outage has swallowed it.
+        let mut asked = consumer
+            .batch()
+            .max_messages(1)
+            .expires(PATIENCE)
+            .messages()
+            .await?;
+        let message = tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
+            signal = &mut stop => {
+                signal?;
+                // It may have come in this moment. Given back, it need not wait for the ack wait.
+                if let Some(Some(Ok(message))) = asked.next().now_or_never() {
+                    give_back(&message).await;
                 }
-                message = messages.next() => message,
-            };
-            match message {
-                Some(Ok(message)) => acknowledged += handle(&message, work).await?,
-                Some(Err(error)) => {
-                    eprintln!("waiting for the server: {error}");
-                    break;
-                }
-                None => break,
+                break;
             }
-        }
-        tokio::select! {
-            signal = &mut stop => break signal?,
-            () = sleep(Duration::from_secs(1)) => {}
+            message = asked.next() => message,
+        };
+        match message {
+            Some(Ok(message)) => acknowledged += handle(&message, work).await?,
+            Some(Err(error)) => {
+                eprintln!("waiting for the server: {error}");
+                tokio::select! {
+                    signal = &mut stop => break signal?,
+                    () = sleep(Duration::from_secs(1)) => {}
+                }
+            }
+            None => {}
         }
     }
     println!("stopped; acknowledged here: {acknowledged}");

@@ -20,16 +20,17 @@
 //! publisher that is success. The id must come from what is published, and be the same in the next run of a program
 //! that crashed: a random id per try deduplicates nothing. The ids of a window are kept in memory, so a long window of
 //! a busy stream costs. An expected sequence has no window: of two writers that saw the same state, one is refused, and
-//! must look again. Deliveries can still repeat; see jetstream_idempotent_consumer.
+//! must look again. Deliveries can still repeat; see jetstream_idempotent_consumer. The tries end in time, but one that
+//! finds no server waits in the client's buffer: after an outage that is longer than the window, it is stored again.
 //!
 //! Try: kill the server between two tries and restart it: it reads the ids of the window back from its store.
 //!
-//! Settings: NATS_URL (nats://localhost:4222); WINDOW_S (2); the arguments `send ID N` publish one order N times with
-//! that id. See also: jetstream_stream, jetstream_async_publish.
+//! Settings: NATS_URL (nats://localhost:4222); WINDOW_S (2, and 120 to `send`); the arguments `send ID N` publish one
+//! order N times with that id. See also: jetstream_stream, jetstream_async_publish.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use async_nats::jetstream::context::PublishErrorKind;
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::publish::PublishAck;
@@ -40,7 +41,6 @@ use tokio::time::sleep;
 const STREAM: &str = "DEDUP";
 const SUBJECT: &str = "dedup.orders";
 const ACCOUNT: &str = "dedup.account-1";
-const TRIES: u32 = 10;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -51,15 +51,19 @@ async fn main() -> anyhow::Result<()> {
     })?;
     let mut jetstream = jetstream::new(client);
     jetstream.set_timeout(Duration::from_secs(2));
-    // The server's default is two minutes.
-    let window = std::env::var("WINDOW_S").unwrap_or_else(|_| "2".into());
+    // The server's default is two minutes. Who shows that an id is forgotten has no time for that.
+    let default = if args.is_empty() { "2" } else { "120" };
+    let window = std::env::var("WINDOW_S").unwrap_or_else(|_| default.into());
     let window = Duration::from_secs(window.parse().context("WINDOW_S is a number of seconds")?);
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => show(&jetstream, window).await,
         ["send", id, times] => {
+            // Without an id there is no deduplication, and the client panics of a line break in a header.
+            let line = !id.trim().is_empty() && !id.contains(['\r', '\n']);
+            ensure!(line, "ID is one line of text");
             declare(&jetstream, window).await?;
             for _ in 0..times.parse::<u32>().context("N is a number of times")? {
-                let ack = publish_once(&jetstream, id).await?;
+                let ack = publish_once(&jetstream, id, window).await?;
                 println!("{id}: stored as {}{}", ack.sequence, mark(&ack));
             }
             Ok(())
@@ -79,26 +83,40 @@ async fn declare(jetstream: &Context, window: Duration) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The pattern: the same id with every try, until there is an ack.
-async fn publish_once(jetstream: &Context, id: &str) -> anyhow::Result<PublishAck> {
-    let mut last = None;
-    for number in 0..TRIES {
+/// The pattern: the same id with every try, until there is an ack, and no try when the window may be over.
+async fn publish_once(
+    jetstream: &Context,
+    id: &str,
+    window: Duration,
+) -> anyhow::Result<PublishAck> {
+    let begun = Instant::now();
+    loop {
         let message = PublishMessage::build()
             .message_id(id)
             .payload("order".into());
-        let ack = jetstream.send_publish(SUBJECT, message).await?;
-        match ack.await {
+        let ack = match jetstream.send_publish(SUBJECT, message).await {
+            Ok(ack) => ack.await,
+            Err(error) => Err(error),
+        };
+        let error = match ack {
             Ok(ack) => return Ok(ack),
-            // All tries together must fit into the window.
-            Err(error) if error.kind() == PublishErrorKind::TimedOut => {
-                eprintln!("{id}: no ack, try {} follows", number + 2);
-                last = Some(error);
+            Err(error) => error,
+        };
+        match error.kind() {
+            // Lost connections end in a timeout. A server that is just back has no streams yet for a moment.
+            PublishErrorKind::TimedOut
+            | PublishErrorKind::BrokenPipe
+            | PublishErrorKind::StreamNotFound => {
+                if begun.elapsed() > window / 2 {
+                    return Err(error)
+                        .with_context(|| format!("{id}: no ack, it may be stored or not"));
+                }
+                eprintln!("{id}: no ack, another try follows: {error}");
+                sleep(Duration::from_millis(200)).await;
             }
-            Err(error) => return Err(error).with_context(|| format!("{id}: refused")),
+            _ => return Err(error).with_context(|| format!("{id}: refused")),
         }
     }
-    let last = last.context("there was no try")?;
-    Err(last).with_context(|| format!("{id}: no ack, it may be stored or not"))
 }
 
 async fn show(jetstream: &Context, window: Duration) -> anyhow::Result<()> {
@@ -116,14 +134,14 @@ async fn show(jetstream: &Context, window: Duration) -> anyhow::Result<()> {
 
     let mut acks = Vec::new();
     for _ in 0..3 {
-        let ack = publish_once(jetstream, "order-1").await?;
+        let ack = publish_once(jetstream, "order-1", window).await?;
         acks.push(format!("{}{}", ack.sequence, mark(&ack)));
     }
     println!("with id order-1: acks {}; stored once", acks.join(", "));
 
     // Well past the window: the server forgets ids in its own time.
     sleep(2 * window).await;
-    let ack = publish_once(jetstream, "order-1").await?;
+    let ack = publish_once(jetstream, "order-1", window).await?;
     println!(
         "with id order-1 after the window: ack {}{}; stored again",
         ack.sequence,

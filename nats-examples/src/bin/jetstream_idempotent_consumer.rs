@@ -55,8 +55,8 @@ const TABLES: &str = "
     CREATE TABLE IF NOT EXISTS balances (user_id TEXT PRIMARY KEY, cents INTEGER NOT NULL, payments INTEGER NOT NULL);
     -- Numbered, so that the oldest are known. Not by AUTOINCREMENT: there, duplicates would use up numbers, too.
     CREATE TABLE IF NOT EXISTS seen (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
-    -- Messages that are no payments, as they came.
-    CREATE TABLE IF NOT EXISTS rejected (sequence INTEGER PRIMARY KEY, payload BLOB, reason TEXT);
+    -- Messages that are no payments, as they came. A store that is made anew begins again with sequence 1.
+    CREATE TABLE IF NOT EXISTS rejected (sequence INTEGER, payload BLOB, reason TEXT, PRIMARY KEY (sequence, payload));
 ";
 
 #[derive(Serialize, Deserialize)]

@@ -36,7 +36,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use async_nats::jetstream::consumer::Info;
 use async_nats::jetstream::stream::RetentionPolicy;
 use async_nats::jetstream::{self, Context};
@@ -114,12 +114,13 @@ fn setting(name: &str, default: u64) -> Result<u64> {
 }
 
 async fn read(jetstream: &Context, only: Option<&str>) -> Result<Backlogs> {
-    let mut backlogs = Backlogs::new();
+    let (mut backlogs, mut watched) = (Backlogs::new(), false);
     let mut names = jetstream.stream_names();
     while let Some(name) = names.try_next().await? {
         if only.is_some_and(|only| only != name) {
             continue;
         }
+        watched = true;
         let stream = jetstream.get_stream(&name).await?;
         let consumers: Vec<Info> = stream.consumers().try_collect().await?;
         // After the consumers: the other way round, one that reads meanwhile could seem to have skipped something.
@@ -139,7 +140,10 @@ async fn read(jetstream: &Context, only: Option<&str>) -> Result<Backlogs> {
             backlogs.insert((name.clone(), consumer.name), backlog);
         }
     }
-    Ok(backlogs)
+    match only {
+        Some(only) if !watched => bail!("there is no stream {only}"),
+        _ => Ok(backlogs),
+    }
 }
 
 /// One line per consumer whose backlog has changed.

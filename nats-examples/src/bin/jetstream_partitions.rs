@@ -20,6 +20,9 @@
 //! Notice: with several workers on one consumer, the second order of a customer can be done before the first. What
 //! keeps the order here is `max_ack_pending: 1`: the next order of a partition goes out when the one before is
 //! acknowledged, and any number of processes may ask. A failed order therefore holds its partition up: dead-letter it.
+//! An order that takes long is kept by saying so. A worker that is frozen for longer than the ack wait can't: another
+//! one does its order and the next, and when it wakes up, it finishes the old one, late and for the second time. Where
+//! that hurts, what is written to must refuse it, as in nats_leader_election.
 //! The number of partitions is part of the stream: with another one, customers move, and orders that are stored already
 //! stay where they are. Drain the stream first.
 //!
@@ -29,16 +32,17 @@
 //! Settings: NATS_URL (nats://localhost:4222); WORK_MS (10); the arguments `send N`. A mapping in a stream needs server
 //! 2.10; an older one can map in its configuration. See also: jetstream_work_queue, kafka_pitfall_ordering.
 
+use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use async_nats::jetstream::consumer::{PullConsumer, pull};
 use async_nats::jetstream::stream::{Config, Stream, SubjectTransform};
-use async_nats::jetstream::{self, Context, Message};
+use async_nats::jetstream::{self, AckKind, Context, Message};
 use futures::StreamExt;
 use futures::future::try_join_all;
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 const STREAM: &str = "PARTITIONS";
 const PARTITIONS: u32 = 3;
@@ -141,11 +145,8 @@ async fn one_partition(
     mut stopped: watch::Receiver<()>,
 ) -> anyhow::Result<()> {
     loop {
-        let mut orders = consumer
-            .stream()
-            .max_messages_per_batch(1)
-            .messages()
-            .await?;
+        let asked = consumer.stream().max_messages_per_batch(1);
+        let mut orders = asked.messages().await?;
         loop {
             let order = tokio::select! {
                 _ = stopped.changed() => return Ok(()),
@@ -155,7 +156,7 @@ async fn one_partition(
                 Some(Ok(order)) => {
                     let customer = order.subject.rsplit('.').next().unwrap_or_default();
                     let number = String::from_utf8_lossy(&order.payload);
-                    sleep(Duration::from_millis(work_ms)).await; // the work
+                    work_on(&order, Duration::from_millis(work_ms)).await;
                     println!("partition {partition}: {customer} order {number}");
                     confirm(&order).await;
                 }
@@ -170,6 +171,24 @@ async fn one_partition(
         tokio::select! {
             _ = stopped.changed() => return Ok(()),
             () = sleep(Duration::from_secs(1)) => {}
+        }
+    }
+}
+
+/// The work. As long as it takes, the server is told that this is no crash.
+async fn work_on(order: &Message, work: Duration) {
+    let mut work = pin!(sleep(work));
+    let mut alive = interval(ACK_WAIT / 3);
+    alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    alive.tick().await; // the first one is at once
+    loop {
+        tokio::select! {
+            () = &mut work => return,
+            _ = alive.tick() => {
+                if let Err(error) = order.ack_with(AckKind::Progress).await {
+                    eprintln!("no word to the server: {error}");
+                }
+            }
         }
     }
 }

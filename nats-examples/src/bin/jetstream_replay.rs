@@ -23,7 +23,8 @@
 //! Reading again takes nothing away from other consumers. For work that has to be done exactly by somebody, a durable
 //! consumer is right, with acks: see jetstream_consumer.
 //!
-//! Try: restart the server while `follow` runs in one terminal, and run this in another: not one reading is missing.
+//! Try: start `follow` in one terminal, run this in another, restart the server, run this again: `follow` goes on
+//! behind the last reading that it has seen. (This empties the stream first: what nobody has read by then is gone.)
 //!
 //! Settings: NATS_URL (nats://localhost:4222); the argument `follow` goes on behind the end. See also: kafka_replay,
 //! jetstream_consumer.

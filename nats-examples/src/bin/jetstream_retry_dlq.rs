@@ -30,21 +30,26 @@
 //! NATS message, gone if nobody listens, so a stream captures it. It names a sequence and not the message: the order is
 //! fetched from its stream, and stored with the dead letters, before the advisory is acknowledged. So a stream that
 //! drops its old messages too early, or a work queue, would lose it. A worker that dies of an order each time leaves no
-//! cause; the advisory is there all the same.
+//! cause; the advisory is there all the same. The schedule is the server's and has no jitter: orders that failed
+//! together come back together. Where that hurts, nak with a delay of your own (jetstream_ack_kinds).
 //!
-//! Try: kill it with SIGKILL at any moment, start it again: no order is missing, and a dead letter is there once.
+//! Try: kill it with SIGKILL at any moment, start it again: no order is missing, and a dead letter is there once, also
+//! when it was replayed in between. Kill the server, and restart it.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); with HEALED=1 nothing is bad any more; the arguments are `send
 //! ORDER...`, `dead`, `replay`. See also: jetstream_ack_kinds, jetstream_work_queue, kafka_retry_dlq.
 
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::{PullConsumer, pull};
-use async_nats::jetstream::context::PublishErrorKind;
+use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::message::{PublishMessage, StreamMessage};
-use async_nats::jetstream::stream::{Config, RawMessageErrorKind, RetentionPolicy, Stream};
+use async_nats::jetstream::publish::PublishAck;
+use async_nats::jetstream::stream::{
+    Config, RawMessageError, RawMessageErrorKind, RetentionPolicy, Stream,
+};
 use async_nats::jetstream::{self, AckKind, Context, Message};
 use futures::StreamExt;
 use serde::Deserialize;
@@ -57,6 +62,8 @@ const PROCESSOR: &str = "retry-processor";
 const ADVISORIES: &str = "RETRY_ADVISORIES";
 const GIVEN_UP: &str = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.RETRY_ORDERS.retry-processor";
 const CAUSES: &str = "retry.causes";
+/// The header of a note which says that the order was replayed, and as what.
+const REPLAYED: &str = "Replayed-As";
 const DEAD: &str = "RETRY_DEAD";
 /// Followed by the sequence of the order: one subject for each, so that each is there once.
 const DEAD_SUBJECT: &str = "retry.dead";
@@ -67,6 +74,8 @@ const BACKOFF: [Duration; 3] = [
     Duration::from_millis(2000),
 ];
 const DELIVERIES: i64 = 4;
+/// In characters: a cause travels in a header, and all headers of a message together are 64 KB at most.
+const CAUSE: usize = 200;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What there is on the server.
@@ -74,7 +83,7 @@ struct Queue {
     jetstream: Context,
     orders: Stream,
     dead: Stream,
-    /// The last cause of each order's failure: an advisory says nothing about it.
+    /// The last cause of each order's failure: an advisory says nothing about it. And what was replayed.
     causes: Stream,
     processor: PullConsumer,
     undertaker: PullConsumer,
@@ -159,8 +168,7 @@ impl Queue {
                 .jetstream
                 .publish(SUBJECT, order.to_string().into())
                 .await?;
-            let ack = ack.await;
-            let ack = ack.with_context(|| format!("{order}: no ack, it may be stored or not"))?;
+            let ack = ack.await.with_context(|| format!("{order}: no ack"))?;
             println!("stored as {}: {order}", ack.sequence);
         }
         Ok(())
@@ -173,14 +181,14 @@ impl Queue {
             let _ = tokio::signal::ctrl_c().await;
             drop(running);
         });
-        tokio::try_join!(
+        tokio::join!(
             each(&self.processor, stopped.clone(), async |message| self
                 .process(message)
                 .await),
             each(&self.undertaker, stopped, async |message| self
                 .give_up(message)
                 .await),
-        )?;
+        );
         println!("stopped");
         Ok(())
     }
@@ -197,23 +205,19 @@ impl Queue {
             }
             Err(Failure::ForNow(cause)) => {
                 println!("{sequence}: failed (delivery {delivery}): {cause}");
-                if let Err(error) = self.note(sequence, cause).await {
+                let note = PublishMessage::build().payload(cause.into());
+                if let Err(error) = self.store(format!("{CAUSES}.{sequence}"), note).await {
                     eprintln!("{sequence}: the cause is not noted: {error}");
                 }
                 // And no answer, so that the schedule decides.
             }
             Err(Failure::ForGood(cause)) => {
                 println!("{sequence}: failed for good (delivery {delivery}): {cause}");
-                self.bury(sequence, delivery.unsigned_abs(), &cause).await?;
+                let deliveries = delivery.unsigned_abs();
+                self.bury(sequence, deliveries, Some(cause)).await?;
                 answer(message, AckKind::Term).await;
             }
         }
-        Ok(())
-    }
-
-    async fn note(&self, sequence: u64, cause: String) -> anyhow::Result<()> {
-        let subject = format!("{CAUSES}.{sequence}");
-        self.jetstream.publish(subject, cause.into()).await?.await?;
         Ok(())
     }
 
@@ -221,16 +225,8 @@ impl Queue {
     async fn give_up(&self, message: &Message) -> anyhow::Result<()> {
         match serde_json::from_slice::<Advisory>(&message.payload) {
             Ok(advisory) => {
-                let sequence = advisory.stream_seq;
-                let subject = format!("{CAUSES}.{sequence}");
-                let cause = match self.causes.get_last_raw_message_by_subject(&subject).await {
-                    Ok(cause) => String::from_utf8_lossy(&cause.payload).into_owned(),
-                    Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => {
-                        "none noted: its worker died".into()
-                    }
-                    Err(error) => return Err(error).context("cannot read the cause of a failure"),
-                };
-                self.bury(sequence, advisory.deliveries, &cause).await?;
+                self.bury(advisory.stream_seq, advisory.deliveries, None)
+                    .await?;
             }
             Err(error) => eprintln!("not an advisory: {error}"),
         }
@@ -238,52 +234,85 @@ impl Queue {
         Ok(())
     }
 
-    /// Returns when the order is with the dead letters. If it can't be, the program ends, and the next one tries again.
-    async fn bury(&self, sequence: u64, deliveries: u64, cause: &str) -> anyhow::Result<()> {
-        let order = match self.orders.get_raw_message(sequence).await {
-            Ok(order) => order,
-            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => {
-                println!("{sequence}: LOST: it is no longer in {ORDERS}");
-                return Ok(());
-            }
-            Err(error) => return Err(error).context("cannot fetch a failed order"),
+    /// Returns when the order is with the dead letters. If it can't be, its message is not answered, and comes again.
+    async fn bury(
+        &self,
+        sequence: u64,
+        deliveries: u64,
+        cause: Option<String>,
+    ) -> anyhow::Result<()> {
+        let note = found(
+            self.causes
+                .get_last_raw_message_by_subject(&format!("{CAUSES}.{sequence}"))
+                .await,
+        );
+        let note = note.context("cannot read the cause of a failure")?;
+        // Buried, then killed before the answer, and replayed meanwhile.
+        if let Some(note) = &note
+            && note.headers.get(REPLAYED).is_some()
+        {
+            println!("{sequence}: was a dead letter, and is replayed");
+            return Ok(());
+        }
+        let noted = note.map(|note| String::from_utf8_lossy(&note.payload).into_owned());
+        let cause = cause.or(noted);
+        let cause = cause.unwrap_or_else(|| "none noted: its worker died".into());
+        // A line break in a header would be the beginning of another one; the client panics of it.
+        let cause = cause.replace(['\r', '\n'], " ");
+        let cause: String = cause.chars().take(CAUSE).collect();
+
+        let order = found(self.orders.get_raw_message(sequence).await);
+        let Some(order) = order.context("cannot fetch a failed order")? else {
+            println!("{sequence}: LOST: it is no longer in {ORDERS}");
+            return Ok(());
         };
-        let mut headers = own_headers(&order);
-        headers.insert("Origin-Subject", order.subject.as_str());
-        headers.insert("Origin-Sequence", sequence.to_string());
-        headers.insert("Deliveries", deliveries.to_string());
-        headers.insert("Cause", cause);
-        // 0: there is none yet for this order. That makes a second burial harmless, however much later it comes.
-        let letter = |headers| {
+        let letter = |mut headers: HeaderMap| {
+            headers.insert("Origin-Subject", order.subject.as_str());
+            headers.insert("Origin-Sequence", sequence.to_string());
+            headers.insert("Deliveries", deliveries.to_string());
+            headers.insert("Cause", cause.as_str());
+            // 0: there is none for this order. That makes a second burial harmless as long as the letter is there; and
+            // the id, one that is under way while the letter is replayed.
             PublishMessage::build()
                 .headers(headers)
+                .message_id(format!("{DEAD}-{sequence}"))
                 .expected_last_subject_sequence(0)
         };
         let subject = format!("{DEAD_SUBJECT}.{sequence}");
-        let whole = letter(headers.clone()).payload(order.payload);
-        let stored = match self.jetstream.send_publish(subject.clone(), whole).await {
-            Ok(ack) => ack.await,
-            // As large as a message can be, it has no room for more headers. It stays where it is.
-            Err(error) if error.kind() == PublishErrorKind::MaxPayloadExceeded => {
-                headers.insert("Payload", "in the stream");
-                self.jetstream
-                    .send_publish(subject, letter(headers))
-                    .await?
-                    .await
+        let whole = letter(own_headers(&order)).payload(order.payload.clone());
+        let stored = match self.store(subject.clone(), whole).await {
+            // As large as a message or its headers can be, there is no room for ours. So it stays where it is.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    PublishErrorKind::MaxPayloadExceeded | PublishErrorKind::Other
+                ) =>
+            {
+                let empty = letter(HeaderMap::new()).header("Payload", "in the stream");
+                self.store(subject, empty).await
             }
-            Err(error) => Err(error),
+            stored => stored,
         };
         match stored {
-            Ok(ack) => println!(
+            Ok(ack) if !ack.duplicate => println!(
                 "{sequence}: dead letter {} after {deliveries} deliveries",
                 ack.sequence
             ),
+            Ok(_) => println!("{sequence}: is a dead letter already"),
             Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => {
                 println!("{sequence}: is a dead letter already");
             }
             Err(error) => return Err(error).context("a failed order is not dead-lettered either"),
         }
         Ok(())
+    }
+
+    async fn store(
+        &self,
+        subject: String,
+        message: PublishMessage,
+    ) -> Result<PublishAck, PublishError> {
+        self.jetstream.send_publish(subject, message).await?.await
     }
 
     async fn dead_letters(&self) -> anyhow::Result<()> {
@@ -303,69 +332,95 @@ impl Queue {
         Ok(())
     }
 
-    /// Back to where it came from, as a new order. Only when that is acknowledged, the dead letter goes.
     async fn replay(&self) -> anyhow::Result<()> {
-        let mut replayed = 0;
-        for mut letter in letters(&self.dead).await? {
+        let (mut replayed, mut left) = (0, 0);
+        for letter in letters(&self.dead).await? {
             let number = letter.sequence;
-            let header = |name| {
-                letter
-                    .headers
-                    .get(name)
-                    .map(|value| value.as_str().to_owned())
-            };
-            let subject = header("Origin-Subject")
-                .with_context(|| format!("dead letter {number}: no origin"))?;
-            let mut order = PublishMessage::build().headers(own_headers(&letter));
-            if header("Payload").is_some() {
-                let sequence = header("Origin-Sequence").context("no origin")?.parse()?;
-                letter.payload = self.orders.get_raw_message(sequence).await?.payload;
-            } else {
-                // A crash before the deletion repeats this; within the window of the stream it makes no second order.
-                order = order.message_id(format!("{DEAD}-{number}"));
+            match self.replay_one(letter).await {
+                Ok(sequence) => {
+                    println!("dead letter {number}: stored again as {sequence}");
+                    replayed += 1;
+                }
+                // No reason to leave the others where they are.
+                Err(error) => {
+                    eprintln!("dead letter {number}: not replayed: {error:#}");
+                    left += 1;
+                }
             }
-            let order = order.payload(letter.payload);
-            let ack = self.jetstream.send_publish(subject, order).await?.await?;
-            self.dead.delete_message(number).await?;
-            println!("dead letter {number}: stored again as {}", ack.sequence);
-            replayed += 1;
         }
         println!("replayed {replayed}");
+        ensure!(left == 0, "not replayed: {left}");
         Ok(())
+    }
+
+    /// Back to where it came from, as a new order. Only when that is acknowledged, the dead letter goes.
+    async fn replay_one(&self, letter: StreamMessage) -> anyhow::Result<u64> {
+        let number = letter.sequence;
+        let header = |name| letter.headers.get(name).map(|value| value.as_str());
+        let subject = header("Origin-Subject").context("no origin")?.to_owned();
+        let origin: u64 = header("Origin-Sequence").context("no origin")?.parse()?;
+        let again = if header("Payload").is_some() {
+            let order = self.orders.get_raw_message(origin).await?;
+            let again = PublishMessage::build().headers(own_headers(&order));
+            again.payload(order.payload)
+        } else {
+            // A crash before the deletion repeats this; within the window of the stream it makes no second order.
+            // Above, there may be no room for an id.
+            let again = PublishMessage::build().headers(own_headers(&letter));
+            let again = again.message_id(format!("{DEAD}-{number}"));
+            again.payload(letter.payload)
+        };
+        let ack = self.store(subject, again).await?;
+        let note = PublishMessage::build().header(REPLAYED, ack.sequence.to_string());
+        self.store(format!("{CAUSES}.{origin}"), note).await?;
+        self.dead.delete_message(number).await?;
+        Ok(ack.sequence)
     }
 }
 
-/// Handles what comes, one at a time, until `stopped`. What is in hand is finished.
+/// Handles what comes, one at a time, until `stopped`. What is in hand is finished. An error is no reason to end: what
+/// was not answered comes again.
 async fn each(
     consumer: &PullConsumer,
     mut stopped: watch::Receiver<()>,
     handle: impl AsyncFn(&Message) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
+) {
     loop {
-        let mut messages = consumer
-            .stream()
-            .max_messages_per_batch(1)
-            .messages()
-            .await?;
-        loop {
-            let message = tokio::select! {
-                _ = stopped.changed() => return Ok(()),
-                message = messages.next() => message,
-            };
-            match message {
-                Some(Ok(message)) => handle(&message).await?,
-                Some(Err(error)) => {
-                    eprintln!("waiting for the server: {error}");
-                    break;
-                }
-                None => break,
-            }
-        }
-        // It may have ended for good: wait, and make a new one.
+        let message = tokio::select! {
+            _ = stopped.changed() => return,
+            message = next(consumer) => message,
+        };
+        let error = match message {
+            Ok(None) => continue,
+            Ok(Some(message)) => match handle(&message).await {
+                Ok(()) => continue,
+                Err(error) => error,
+            },
+            Err(error) => error,
+        };
+        eprintln!("trying again soon: {error:#}");
         tokio::select! {
-            _ = stopped.changed() => return Ok(()),
+            _ = stopped.changed() => return,
             () = sleep(Duration::from_secs(1)) => {}
         }
+    }
+}
+
+/// One message, or none if there was none for a while.
+async fn next(consumer: &PullConsumer) -> anyhow::Result<Option<Message>> {
+    let asked = consumer.batch().max_messages(1).expires(PATIENCE);
+    let message = asked.messages().await?.next().await;
+    message.transpose().map_err(anyhow::Error::from_boxed)
+}
+
+/// None if there is no such message.
+fn found(
+    read: Result<StreamMessage, RawMessageError>,
+) -> Result<Option<StreamMessage>, RawMessageError> {
+    match read {
+        Ok(message) => Ok(Some(message)),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -422,12 +477,9 @@ async fn letters(dead: &Stream) -> anyhow::Result<Vec<StreamMessage>> {
     let state = dead.get_info().await?.state;
     let mut letters = Vec::new();
     for sequence in state.first_sequence..=state.last_sequence {
-        match dead.get_raw_message(sequence).await {
-            Ok(letter) => letters.push(letter),
-            // Replayed earlier.
-            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => {}
-            Err(error) => return Err(error).context("cannot read the dead letters"),
-        }
+        // What was replayed earlier is gone.
+        let letter = found(dead.get_raw_message(sequence).await);
+        letters.extend(letter.context("cannot read the dead letters")?);
     }
     Ok(letters)
 }

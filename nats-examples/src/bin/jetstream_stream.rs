@@ -11,7 +11,7 @@
 //! orders.created order-2: stored in ORDERS as 2
 //! orders.eu.created: no stream takes it, no ack
 //! stored 1000 more: ORDERS holds 1000, from 3 to 1002
-//! a consumer that starts now begins with 3: two orders are gone that nobody has processed
+//! a consumer that starts now begins with 3: 2 are gone, processed or not
 //! create_stream with discard new: refused, [..]
 //! create_or_update_stream with discard new: done
 //! order-1003: refused, maximum messages exceeded (code [..])
@@ -64,6 +64,11 @@ async fn main() -> anyhow::Result<()> {
     if state.messages > 0 {
         println!("ORDERS holds {} from before", state.messages);
     }
+    let oldest = if state.messages > 0 {
+        state.first_sequence
+    } else {
+        state.last_sequence + 1
+    };
 
     for order in ["order-1", "order-2"] {
         let ack = jetstream
@@ -93,10 +98,9 @@ async fn main() -> anyhow::Result<()> {
     }
 
     fill(&jetstream).await?;
-    let (first, _) = report(&mut stream, &format!("stored {LIMIT} more: ")).await?;
-    println!(
-        "a consumer that starts now begins with {first}: two orders are gone that nobody has processed"
-    );
+    let first = report(&mut stream, &format!("stored {LIMIT} more: ")).await?;
+    let gone = first - oldest.min(first);
+    println!("a consumer that starts now begins with {first}: {gone} are gone, processed or not");
 
     // The same name with another configuration.
     match jetstream.create_stream(orders(DiscardPolicy::New)).await {
@@ -155,14 +159,15 @@ async fn fill(jetstream: &Context) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn report(stream: &mut Stream, what: &str) -> anyhow::Result<(u64, u64)> {
+/// Returns the first sequence that is still there.
+async fn report(stream: &mut Stream, what: &str) -> anyhow::Result<u64> {
     let state = &stream.info().await?.state;
     let (first, last) = (state.first_sequence, state.last_sequence);
     println!(
         "{what}ORDERS holds {}, from {first} to {last}",
         state.messages
     );
-    Ok((first, last))
+    Ok(first)
 }
 
 /// What the server says, without the words around it.

@@ -23,7 +23,9 @@
 //! ben did [..] jobs
 //! ```
 //!
-//! Notice: fair by itself, for a slow worker asks for less. A core queue group hands out at random, asked or not.
+//! Notice: fair by itself, for a slow worker asks for less. A core queue group hands out at random, asked or not. A
+//! worker that takes long says so, and keeps its job. One that is frozen for longer than the ack wait can't: another
+//! does its job meanwhile, and when it wakes up, it finishes what is done already. So a job must bear being done twice.
 //! With this retention the subjects of two consumers must not overlap, or the second is refused: whose ack would
 //! remove the message? What was given to a worker that has died waits for the ack wait, here five seconds.
 //!
@@ -40,7 +42,7 @@ use async_nats::jetstream::consumer::pull;
 use async_nats::jetstream::stream::{Config, RetentionPolicy, Stream};
 use async_nats::jetstream::{self, AckKind, Context, Message};
 use futures::{FutureExt, StreamExt};
-use tokio::time::{sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 const STREAM: &str = "WORK_QUEUE";
 const SUBJECT: &str = "work-queue.jobs";
@@ -111,49 +113,65 @@ async fn work(stream: &Stream, name: &str) -> anyhow::Result<()> {
 
     let mut done = 0;
     let mut stop = pin!(tokio::signal::ctrl_c());
-    'work: loop {
+    loop {
         // One at a time: what a worker has fetched ahead, nobody else can do meanwhile.
-        let mut jobs = consumer
-            .stream()
-            .max_messages_per_batch(1)
+        let mut asked = consumer
+            .batch()
+            .max_messages(1)
+            .expires(PATIENCE)
             .messages()
             .await?;
-        loop {
-            let job = tokio::select! {
-                // Polled first: only then is Ctrl-C ours, also during the first piece of work.
-                biased;
-                signal = &mut stop => {
-                    signal?;
-                    if let Some(Some(Ok(job))) = jobs.next().now_or_never() {
-                        finish(&job, AckKind::Nak(None)).await;
-                    }
-                    break 'work;
+        let job = tokio::select! {
+            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
+            biased;
+            signal = &mut stop => {
+                signal?;
+                if let Some(Some(Ok(job))) = asked.next().now_or_never() {
+                    finish(&job, AckKind::Nak(None)).await;
                 }
-                job = jobs.next() => job,
-            };
-            match job {
-                Some(Ok(job)) => {
-                    sleep(Duration::from_millis(work_ms)).await; // the work
-                    if finish(&job, AckKind::Ack).await {
-                        println!("{name}: {} done", String::from_utf8_lossy(&job.payload));
-                        done += 1;
-                    }
-                }
-                Some(Err(error)) => {
-                    eprintln!("waiting for the server: {error}");
-                    break;
-                }
-                None => break,
+                break;
             }
-        }
-        // The stream of jobs may have ended for good: wait, and make a new one.
-        tokio::select! {
-            signal = &mut stop => break signal?,
-            () = sleep(Duration::from_secs(1)) => {}
+            job = asked.next() => job,
+        };
+        match job {
+            Some(Ok(job)) => {
+                work_on(&job, Duration::from_millis(work_ms)).await;
+                if finish(&job, AckKind::Ack).await {
+                    println!("{name}: {} done", String::from_utf8_lossy(&job.payload));
+                    done += 1;
+                }
+            }
+            Some(Err(error)) => {
+                eprintln!("waiting for the server: {error}");
+                tokio::select! {
+                    signal = &mut stop => break signal?,
+                    () = sleep(Duration::from_secs(1)) => {}
+                }
+            }
+            // None for a while.
+            None => {}
         }
     }
     println!("{name} did {done} jobs");
     Ok(())
+}
+
+/// The work. As long as it takes, the server is told that this is no crash.
+async fn work_on(job: &Message, work: Duration) {
+    let mut work = pin!(sleep(work));
+    let mut alive = interval(ACK_WAIT / 3);
+    alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    alive.tick().await; // the first one is at once
+    loop {
+        tokio::select! {
+            () = &mut work => return,
+            _ = alive.tick() => {
+                if let Err(error) = job.ack_with(AckKind::Progress).await {
+                    eprintln!("no word to the server: {error}");
+                }
+            }
+        }
+    }
 }
 
 /// Whether the server has the answer. If not, the job comes again, even if it was done.

@@ -42,7 +42,9 @@ use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use async_nats::{Client, ConnectOptions, Event, Message, Request, RequestErrorKind};
+use async_nats::{
+    Client, ConnectOptions, Event, HeaderMap, Message, PublishErrorKind, Request, RequestErrorKind,
+};
 use futures::StreamExt;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -133,13 +135,22 @@ async fn work(client: &Client, on_closed: &mut mpsc::Receiver<()>) -> anyhow::Re
 /// Returns how many answers are sent: 1 or 0.
 async fn answer(client: &Client, request: &Message, work_ms: u64) -> u32 {
     let text = String::from_utf8_lossy(&request.payload);
-    println!("in hand: {text}");
+    println!("in hand: {}", text.chars().take(40).collect::<String>());
     sleep(Duration::from_millis(work_ms)).await;
     let Some(reply) = request.reply.clone() else {
         eprintln!("{text} wants no answer");
         return 0;
     };
-    let sent = client.publish(reply, format!("{text} done").into()).await;
+    let mut sent = client
+        .publish(reply.clone(), format!("{text} done").into())
+        .await;
+    // Then an error in the headers, as nats_responder has it: silence would look like a worker that died.
+    if matches!(&sent, Err(error) if error.kind() == PublishErrorKind::MaxPayloadExceeded) {
+        let mut headers = HeaderMap::new();
+        headers.insert("Nats-Service-Error", "the answer is too large");
+        headers.insert("Nats-Service-Error-Code", "413");
+        sent = client.publish_with_headers(reply, headers, "".into()).await;
+    }
     if let Err(error) = &sent {
         eprintln!("{text}: not answered: {error}");
     }

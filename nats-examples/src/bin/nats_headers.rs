@@ -39,7 +39,7 @@
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use async_nats::{Client, HeaderMap, Message};
 use futures::StreamExt;
 use opentelemetry::InstrumentationScope;
@@ -60,6 +60,8 @@ const SUBJECT: &str = "headers.orders";
 /// Where the names of spans and attributes below come from. The conventions on messaging are not stable yet, so the
 /// version belongs to the names.
 const CONVENTIONS: &str = "https://opentelemetry.io/schemas/1.43.0";
+/// Whoever sends an order decides how long it takes: only up to this.
+const LONGEST_MS: u64 = 10_000;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Serialize, Deserialize)]
@@ -228,6 +230,15 @@ async fn receive(client: &Client) -> anyhow::Result<()> {
             }
         }
     }
+    // What is here is still worked off. Without a server there would be no end to it.
+    orders.drain().await?;
+    loop {
+        match timeout(PATIENCE, orders.next()).await {
+            Ok(Some(order)) => process(&order, slow).await,
+            Ok(None) => break,
+            Err(_) => bail!("the server is away: what it still had for this program is lost"),
+        }
+    }
     println!("stopped");
     Ok(())
 }
@@ -281,6 +292,8 @@ async fn process(message: &Message, slow: Duration) {
 
 async fn handle(payload: &[u8]) -> anyhow::Result<()> {
     let order: Order = serde_json::from_slice(payload)?;
+    let asked = order.work_ms;
+    ensure!(asked <= LONGEST_MS, "{asked} ms of work are too many");
     charge(&order).await;
     Ok(())
 }

@@ -46,7 +46,6 @@ use futures::StreamExt;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-const SUBJECT: &str = "reconnect.ticks";
 const BUFFER: usize = 20;
 const TICK: Duration = Duration::from_millis(50);
 /// What a publisher is willing to wait for room in the buffer.
@@ -105,7 +104,9 @@ struct Counts {
 }
 
 async fn run(client: &Client) -> anyhow::Result<()> {
-    let mut ticks = client.subscribe(SUBJECT).await?;
+    // Of this run alone: the ticks of another one would be counted as ours.
+    let subject = format!("reconnect.ticks.{}", client.new_inbox());
+    let mut ticks = client.subscribe(subject.clone()).await?;
     let mut counts = Counts {
         next: 1,
         ..Default::default()
@@ -123,7 +124,7 @@ async fn run(client: &Client) -> anyhow::Result<()> {
             }
             _ = clock.tick() => {
                 let number = counts.published + 1;
-                match timeout(WILLING, client.publish(SUBJECT, number.to_string().into())).await {
+                match timeout(WILLING, client.publish(subject.clone(), number.to_string().into())).await {
                     Ok(sent) => {
                         sent?;
                         counts.published = number;
@@ -144,7 +145,7 @@ async fn run(client: &Client) -> anyhow::Result<()> {
         received,
         ..
     } = counts;
-    let lost = published - received;
+    let lost = published.saturating_sub(received);
     println!("ticks published {published}, not sent {not_sent}, received {received}, lost {lost}");
     Ok(())
 }
@@ -162,7 +163,7 @@ impl Counts {
         if number > self.next {
             println!("lost: ticks {} to {}", self.next, number - 1);
         }
-        self.next = number + 1;
+        self.next = number.saturating_add(1);
     }
 }
 

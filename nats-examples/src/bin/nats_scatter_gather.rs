@@ -35,12 +35,13 @@ use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use async_nats::{Client, StatusCode};
+use async_nats::{Client, Message, StatusCode};
 use futures::StreamExt;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 const SUBJECT: &str = "quotes.ask";
 const DEADLINE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -114,6 +115,14 @@ async fn offer(client: &Client, name: &str, price: u32) -> anyhow::Result<()> {
     // The server reads in order, so its "no responders" means that it has read the subscription, too.
     let _ = client.request(client.new_inbox(), "".into()).await;
     println!("{name} offers at {price}");
+    let answer = async |question: Message| match question.reply {
+        Some(reply) => {
+            client
+                .publish(reply, format!("{name}: {price}").into())
+                .await
+        }
+        None => Ok(()),
+    };
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         tokio::select! {
@@ -121,13 +130,20 @@ async fn offer(client: &Client, name: &str, price: u32) -> anyhow::Result<()> {
             biased;
             signal = &mut stop => break signal?,
             question = questions.next() => {
-                let question = question.context("the client closed the subscription")?;
-                if let Some(reply) = question.reply {
-                    client.publish(reply, format!("{name}: {price}").into()).await?;
-                }
+                answer(question.context("the client closed the subscription")?).await?;
             }
         }
     }
+    let finish = async {
+        questions.drain().await?;
+        while let Some(question) = questions.next().await {
+            answer(question).await?;
+        }
+        client.flush().await?;
+        anyhow::Ok(())
+    };
+    let finished = timeout(PATIENCE, finish).await;
+    finished.context("the server is away: the last answers may not be sent")??;
     println!("{name} leaves");
     Ok(())
 }

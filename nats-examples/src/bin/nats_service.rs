@@ -89,7 +89,7 @@ async fn serve(client: &Client) -> anyhow::Result<()> {
             signal = &mut stop => break signal?,
             request = requests.next() => {
                 let request = request.context("the client closed the subscriptions")?;
-                handle(&request).await;
+                handle(client, &request).await;
             }
         }
     }
@@ -97,7 +97,7 @@ async fn serve(client: &Client) -> anyhow::Result<()> {
     service.stop().await.map_err(|error| anyhow!(error))?;
     let finish = async {
         while let Some(request) = requests.next().await {
-            handle(&request).await;
+            handle(client, &request).await;
         }
         client.flush().await
     };
@@ -108,11 +108,15 @@ async fn serve(client: &Client) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn handle(request: &service::Request) {
+async fn handle(client: &Client, request: &service::Request) {
     let subject = &request.message.subject;
     let answer = match std::str::from_utf8(&request.message.payload) {
         Ok("") => Err("there is no text".to_owned()),
-        Ok(text) if subject.as_str() == "text.upper" => Ok(text.to_uppercase()),
+        Ok(text) if subject.as_str() == "text.upper" => match text.to_uppercase() {
+            // Capitals can take more bytes. An answer that can't be published would be no answer at all.
+            upper if upper.len() > client.max_payload() => Err("too long in capitals".to_owned()),
+            upper => Ok(upper),
+        },
         Ok(text) => Ok(text.chars().count().to_string()),
         Err(error) => Err(error.to_string()),
     };

@@ -67,12 +67,14 @@ async fn core(url: &str, publisher: &Client, capacity: usize) -> anyhow::Result<
         })
         .connect(url)
         .await?;
-    let mut readings = subscriber.subscribe(SUBJECT).await?;
+    // Of this run alone: with the readings of another one, nothing here would add up.
+    let subject = format!("{SUBJECT}.{}", subscriber.new_inbox());
+    let mut readings = subscriber.subscribe(subject.clone()).await?;
     await_server(&subscriber).await?;
 
     for number in 1..=BURST {
         publisher
-            .publish(SUBJECT, number.to_string().into())
+            .publish(subject.clone(), number.to_string().into())
             .await?;
     }
     // First the server has all of it, then this client has all of it, and the consumer has not looked once.
@@ -89,14 +91,14 @@ async fn core(url: &str, publisher: &Client, capacity: usize) -> anyhow::Result<
         )?;
         received += 1;
     }
-    let lost = BURST - received;
+    let lost = BURST.saturating_sub(received);
     println!("a buffer of {capacity}: sent {BURST}, received {received}, lost {lost}");
     if slow.load(Ordering::Relaxed) > 0 {
         println!("    event: slow consumer");
     }
 
     let after = BURST + 1;
-    publisher.publish(SUBJECT, after.to_string().into()).await?;
+    publisher.publish(subject, after.to_string().into()).await?;
     let reading = timeout(PATIENCE, readings.next()).await?;
     let next = number(
         &reading
@@ -112,16 +114,19 @@ async fn core(url: &str, publisher: &Client, capacity: usize) -> anyhow::Result<
 /// The same burst, stored: what the consumer has no room for waits in the stream.
 async fn persistent(client: &Client) -> anyhow::Result<()> {
     let jetstream = jetstream::new(client.clone());
-    let stream = jetstream
-        .get_or_create_stream(stream::Config {
+    jetstream
+        .create_or_update_stream(stream::Config {
             name: STREAM.into(),
-            subjects: vec![STORED.into()],
+            subjects: vec![format!("{STORED}.>")],
+            max_age: Duration::from_secs(60),
             ..Default::default()
         })
         .await?;
-    stream.purge().await?;
+    let stream = jetstream.get_stream(STREAM).await?;
+    let subject = format!("{STORED}.{}", client.new_inbox());
     let consumer = stream
         .create_consumer(consumer::pull::Config {
+            filter_subject: subject.clone(),
             // It has no name to come back to: the server removes it after this time without a client.
             inactive_threshold: Duration::from_secs(60),
             ..Default::default()
@@ -129,7 +134,8 @@ async fn persistent(client: &Client) -> anyhow::Result<()> {
         .await?;
     let mut acks = Vec::new();
     for number in 1..=BURST {
-        acks.push(jetstream.publish(STORED, number.to_string().into()).await?);
+        let reading = number.to_string().into();
+        acks.push(jetstream.publish(subject.clone(), reading).await?);
     }
     for ack in acks {
         ack.await?;

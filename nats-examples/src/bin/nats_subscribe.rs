@@ -47,8 +47,9 @@ async fn main() -> anyhow::Result<()> {
             format!("cannot connect to NATS at {url}; `cargo lab up nats` starts a server")
         })?;
     let mut messages = client.subscribe(pattern.clone()).await?;
-    // Like a publish, a subscription is only buffered until it is flushed.
-    client.flush().await?;
+    // Like a publish, a subscription is only buffered, and a flush would only write it. The server reads in order, so
+    // when it says that nobody is there to answer this, it has read the subscription, too.
+    let _ = client.request(client.new_inbox(), "".into()).await;
     println!("listening on {pattern}; Ctrl-C to stop");
 
     let mut handled = 0;

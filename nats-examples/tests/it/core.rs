@@ -2,15 +2,23 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use async_nats::Request;
 use compose::harness::{Example, Running};
+use compose::probe::http_get;
+use futures::StreamExt;
+use tokio::time::timeout;
 
-use crate::nats::{SOON, round_trip, run, server, start, stop, until};
+use crate::nats::{SOON, handed_over, round_trip, run, server, start, stop, until};
 
 const GROUP: &str = env!("CARGO_BIN_EXE_nats_queue_group");
 const DRAIN: &str = env!("CARGO_BIN_EXE_nats_drain");
 const RECONNECT: &str = env!("CARGO_BIN_EXE_nats_reconnect");
 const HEADERS: &str = env!("CARGO_BIN_EXE_nats_headers");
+const GATHER: &str = env!("CARGO_BIN_EXE_nats_scatter_gather");
+const RESPONDER: &str = env!("CARGO_BIN_EXE_nats_responder");
+const SERVICE: &str = env!("CARGO_BIN_EXE_nats_service");
+const SLOW: &str = env!("CARGO_BIN_EXE_nats_slow_consumer");
 
 fn member(name: &str, nats: &compose::Broker) -> Result<Running> {
     let mut member = start(GROUP, &["join", name], nats)?;
@@ -75,6 +83,110 @@ async fn members_share_while_they_come_and_go_and_a_killed_one_loses() -> Result
     Ok(())
 }
 
+/// Frozen while they come and told to stop before it can look at them: few enough to be in its socket then.
+#[tokio::test]
+async fn what_a_stopped_program_has_been_given_it_answers_all_of_it() -> Result<()> {
+    const MANY: usize = 60;
+    let nats = server()?;
+    let client = async_nats::connect(nats.address()).await?;
+    let cases: [(&str, &[&str], &str, bool); 5] = [
+        (DRAIN, &[], "drain.work", true),
+        (RESPONDER, &[], "rpc.add", true),
+        (SERVICE, &[], "text.upper", true),
+        (GATHER, &["offer", "north", "120"], "quotes.ask", true),
+        // No requests: what it prints is the sign.
+        (HEADERS, &[], "headers.orders", false),
+    ];
+    for (program, args, subject, answers) in cases {
+        let mut program = start(program, args, &nats)?;
+        let inbox = client.new_inbox();
+        let mut answered = client.subscribe(inbox.clone()).await?;
+        let send = async || {
+            let sent = client.publish_with_reply(subject, inbox.clone(), r#"{"work_ms":1}"#.into());
+            sent.await
+        };
+        // The first one is handled: so it is subscribed, and listens for signals.
+        until("it subscribes", || {
+            let page = format!("{}/subsz?subs=1", nats.web()[0]);
+            Ok(http_get(&page, SOON).is_some_and(|(_, text)| text.contains(subject)))
+        })?;
+        send().await?;
+        round_trip(&client).await;
+        if answers {
+            timeout(SOON, answered.next()).await?;
+        } else {
+            program.wait_for("process", SOON)?;
+        }
+        program.pause()?;
+        for _ in 0..MANY {
+            send().await?;
+        }
+        handed_over(&nats, &client).await?;
+        program.interrupt()?;
+        program.resume()?;
+        let ended = program.wait(SOON)?.ok()?;
+        if answers {
+            for number in 0..MANY {
+                let answer = timeout(SOON, answered.next()).await;
+                answer.with_context(|| format!("{number} answers from {subject}"))?;
+            }
+        } else {
+            let processed = ended.stdout.matches("process headers.orders").count();
+            assert_eq!(processed, MANY + 1);
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_answer_that_is_too_large_is_an_error_and_no_silence() -> Result<()> {
+    let nats = server()?;
+    let client = async_nats::connect(nats.address()).await?;
+    let largest = client.max_payload();
+    let cases = [
+        // With one word more, it can't be sent.
+        (DRAIN, "working", "drain.work", "x".repeat(largest)),
+        // Two bytes here are three in capitals.
+        (
+            SERVICE,
+            "serves",
+            "text.upper",
+            "\u{149}".repeat(largest / 2),
+        ),
+    ];
+    for (program, ready, subject, payload) in cases {
+        let mut program = start(program, &[], &nats)?;
+        program.wait_for(ready, SOON)?;
+        let request = Request::new().payload(payload.into()).timeout(Some(SOON));
+        let answer = client.send_request(subject, request).await?;
+        let headers = answer.headers.unwrap_or_default();
+        assert!(headers.get("Nats-Service-Error").is_some(), "{subject}");
+        assert!(answer.payload.is_empty());
+        stop(program)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn three_bursts_at_the_same_time_do_not_count_each_others_readings() -> Result<()> {
+    let nats = server()?;
+    let mut programs = Vec::new();
+    for _ in 0..3 {
+        programs.push(start(SLOW, &[], &nats)?);
+    }
+    for mut program in programs {
+        let said = program.wait(SOON)?.ok()?.stdout;
+        for line in [
+            "a buffer of 100: sent 1000, received 100, lost 900\n",
+            "a buffer of 2000: sent 1000, received 1000, lost 0\n",
+            "JetStream: sent 1000, received 1000, lost 0\n",
+        ] {
+            assert!(said.contains(line), "no {line:?} in {said}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn a_worker_that_ends_answers_all_that_it_has_and_nothing_stays_unanswered() -> Result<()> {
     let nats = server()?;
@@ -114,6 +226,9 @@ fn a_worker_that_ends_answers_all_that_it_has_and_nothing_stays_unanswered() -> 
 fn the_client_comes_back_subscribes_again_and_counts_what_is_lost() -> Result<()> {
     let nats = server()?;
     let mut ticks = start(RECONNECT, &[], &nats)?;
+    // Another one beside it: its ticks are not to be counted.
+    let mut other = start(RECONNECT, &[], &nats)?;
+    other.wait_for("received: tick", SOON)?;
     for _ in 0..2 {
         ticks.wait_for("received: tick", SOON)?;
         nats.kill(1)?;
@@ -123,6 +238,7 @@ fn the_client_comes_back_subscribes_again_and_counts_what_is_lost() -> Result<()
         ticks.wait_for("event: connected", SOON)?;
         ticks.wait_for("received: tick", SOON)?;
     }
+    stop(other)?;
     let ended = stop(ticks)?;
     let last = ended.stdout.lines().last().unwrap_or_default();
     let numbers: Vec<usize> = last
@@ -142,7 +258,8 @@ fn the_client_comes_back_subscribes_again_and_counts_what_is_lost() -> Result<()
         seen.windows(2).all(|pair| pair[0] < pair[1]),
         "in order, and none twice"
     );
-    assert_eq!(published - received, lost);
+    let missing = (1..=published).filter(|number| !seen.contains(number));
+    assert_eq!(missing.count(), lost, "{last}");
     assert!(not_sent >= 2, "{last}");
     assert!(received > 20, "too few to say anything: {last}");
     Ok(())
@@ -181,6 +298,9 @@ async fn a_trace_goes_on_in_the_subscriber_and_nothing_broken_stops_it() -> Resu
         .publish_with_headers("headers.orders", headers, r#"{"work_ms":0}"#.into())
         .await?;
     client.publish("headers.orders", "".into()).await?;
+    // It would hold all others up for ever.
+    let endless = format!(r#"{{"work_ms":{}}}"#, u64::MAX);
+    client.publish("headers.orders", endless.into()).await?;
     client
         .publish("headers.orders", b"\xff".to_vec().into())
         .await?;
@@ -216,7 +336,7 @@ async fn a_trace_goes_on_in_the_subscriber_and_nothing_broken_stops_it() -> Resu
     let sends = spans(&sent.stdout, "send headers.orders");
     assert_eq!(sends.len(), 3, "{}", sent.stdout);
     let processed = spans(&received, "process headers.orders");
-    assert_eq!(processed.len(), 7, "{received}");
+    assert_eq!(processed.len(), 8, "{received}");
     for (trace, span, _) in &sends {
         let caused = processed
             .iter()
@@ -224,6 +344,6 @@ async fn a_trace_goes_on_in_the_subscriber_and_nothing_broken_stops_it() -> Resu
         assert_eq!(caused.count(), 1, "{trace} {span} in {received}");
     }
     let roots = processed.iter().filter(|(_, _, parent)| parent == "none");
-    assert_eq!(roots.count(), 4, "{received}");
+    assert_eq!(roots.count(), 5, "{received}");
     Ok(())
 }

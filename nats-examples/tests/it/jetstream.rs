@@ -11,12 +11,15 @@ use compose::Broker;
 use compose::harness::{Example, Running};
 use rusqlite::Connection;
 
-use crate::nats::{SOON, caught_up, consumer, jetstream, run, server, start, stop};
+use crate::nats::{
+    SOON, caught_up, connections, consumer, jetstream, run, server, start, stop, until,
+};
 
 const CONSUMER: &str = env!("CARGO_BIN_EXE_jetstream_consumer");
 const DEDUP: &str = env!("CARGO_BIN_EXE_jetstream_dedup");
 const WORK_QUEUE: &str = env!("CARGO_BIN_EXE_jetstream_work_queue");
 const RETRY: &str = env!("CARGO_BIN_EXE_jetstream_retry_dlq");
+const GIVEN_UP: &str = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.RETRY_ORDERS.retry-processor";
 const REPLAY: &str = env!("CARGO_BIN_EXE_jetstream_replay");
 const ASYNC_PUBLISH: &str = env!("CARGO_BIN_EXE_jetstream_async_publish");
 const IDEMPOTENT: &str = env!("CARGO_BIN_EXE_jetstream_idempotent_consumer");
@@ -104,6 +107,48 @@ async fn a_consumer_that_is_stopped_finishes_what_it_has_and_bytes_do_no_harm() 
     let mut processor = working(CONSUMER, &[], "1", &nats)?;
     processor.wait_for("3: acknowledged", SOON)?;
     stop(processor)?;
+    Ok(())
+}
+
+/// A stream of messages would ask for the next one as soon as the server is back.
+#[tokio::test]
+async fn one_order_at_a_time_also_when_the_server_comes_back_meanwhile() -> Result<()> {
+    let nats = server()?;
+    run(CONSUMER, &["send", "order-1", "order-2"], &nats)?.ok()?;
+    let mut busy = working(CONSUMER, &[], "600000", &nats)?;
+    busy.wait_for("1: order-1 processing", SOON)?;
+    nats.kill(1)?;
+    nats.restart(1)?;
+    // No other client is there yet, so these are words that the work goes on.
+    until("the consumer is back", || {
+        let words = |one: &serde_json::Value| one["in_msgs"].as_u64() >= Some(2);
+        Ok(connections(&nats)?.iter().any(words))
+    })?;
+    let jetstream = jetstream(&nats).await?;
+    let info = consumer(&jetstream, "ORDERS", "order-processor").await?;
+    assert!(info.num_ack_pending <= 1, "it has fetched ahead: {info:?}");
+    assert_eq!(info.num_waiting, 0, "it asks for more than it works on");
+    busy.kill()?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_refused_order_is_not_called_stored_or_not() -> Result<()> {
+    let nats = server()?;
+    let jetstream = jetstream(&nats).await?;
+    let full = jetstream::stream::Config {
+        name: "ORDERS".into(),
+        subjects: vec!["orders.*".into()],
+        max_messages: 1,
+        discard: jetstream::stream::DiscardPolicy::New,
+        ..Default::default()
+    };
+    jetstream.create_stream(full).await?;
+    let ended = run(CONSUMER, &["send", "order-1", "order-2"], &nats)?;
+    assert_eq!(ended.stdout, "order-1: stored in ORDERS as 1\n");
+    assert_eq!(ended.code(), 1);
+    let refused = "order-2: refused, it is not stored";
+    assert!(ended.stderr.contains(refused), "{}", ended.stderr);
     Ok(())
 }
 
@@ -199,6 +244,65 @@ async fn however_often_it_is_sent_in_the_window_it_is_stored_once() -> Result<()
     assert_eq!(stream.get_info().await?.state.messages, 2);
     // The checker has teeth: another id is another message.
     assert_eq!(send("order-3", "1")?, "order-3: stored as 3\n");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_send_goes_on_over_an_outage_and_stores_once() -> Result<()> {
+    let nats = server()?;
+    let mut sending = start(DEDUP, &["send", "order-1", "3000"], &nats)?;
+    sending.wait_for("order-1: stored as 1", SOON)?;
+    // Frozen first, so that a try is under way when it dies.
+    nats.pause(1)?;
+    sending.wait_for("no ack, another try follows", SOON)?;
+    nats.kill(1)?;
+    nats.restart(1)?;
+    let ended = sending.wait(2 * SOON)?.ok()?;
+    assert_eq!(ended.stdout.matches("order-1: stored as 1").count(), 3000);
+    assert_eq!(ended.stdout.matches("(duplicate)").count(), 2999);
+    let stream = jetstream(&nats).await?.get_stream("DEDUP").await?;
+    assert_eq!(stream.cached_info().state.messages, 1);
+    for id in ["", " ", "order-1\nNats-Rollup: all", "order\r1"] {
+        let ended = run(DEDUP, &["send", id, "1"], &nats)?;
+        assert_eq!(ended.code(), 1);
+        assert!(
+            ended.stderr.contains("one line of text"),
+            "{}",
+            ended.stderr
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn work_that_takes_longer_than_the_ack_wait_is_done_once() -> Result<()> {
+    let nats = server()?;
+    let jetstream = jetstream(&nats).await?;
+    run(WORK_QUEUE, &["send", "1"], &nats)?.ok()?;
+    run(PARTITIONS, &["send", "1"], &nats)?.ok()?;
+    let mut workers = Vec::new();
+    for program in [WORK_QUEUE, PARTITIONS] {
+        // The second one would be given what is not acknowledged in time.
+        for _ in 0..2 {
+            workers.push(working(program, &[], "8000", &nats)?);
+        }
+    }
+    let consumers = [
+        ("WORK_QUEUE", "workers"),
+        ("PARTITIONS", "partition-0"),
+        ("PARTITIONS", "partition-1"),
+        ("PARTITIONS", "partition-2"),
+    ];
+    let mut deliveries = 0;
+    for (stream, name) in consumers {
+        caught_up(&jetstream, stream, name).await?;
+        let info = consumer(&jetstream, stream, name).await?;
+        deliveries += info.delivered.consumer_sequence;
+    }
+    assert_eq!(deliveries, 2, "a job and an order, each of them once");
+    for worker in workers {
+        stop(worker)?;
+    }
     Ok(())
 }
 
@@ -311,11 +415,8 @@ async fn no_failed_order_is_lost_and_each_is_a_dead_letter_once() -> Result<()> 
                 .map(|value| value.as_str().to_owned())
         };
         assert_eq!(header("Origin-Subject").as_deref(), Some("retry.orders"));
-        assert_eq!(
-            header("Nats-Msg-Id"),
-            None,
-            "it would tell the server what to do"
-        );
+        // It would tell the server what to do.
+        assert_ne!(header("Nats-Msg-Id").as_deref(), Some("from-the-sender"));
         let origin: u64 = header("Origin-Sequence").context("no origin")?.parse()?;
         found.insert(
             origin,
@@ -389,6 +490,88 @@ async fn no_failed_order_is_lost_and_each_is_a_dead_letter_once() -> Result<()> 
         "{}",
         ended.stdout
     );
+    Ok(())
+}
+
+/// The advisories are the test's own: so they come when it wants, and again after the first one was answered.
+#[tokio::test]
+async fn no_order_stops_the_burials_and_none_is_buried_again_after_its_replay() -> Result<()> {
+    const FILLER: usize = 65_450;
+    let nats = server()?;
+    let jetstream = jetstream(&nats).await?;
+    run(RETRY, &["send", "good-1", "good-2"], &nats)?.ok()?;
+    // Its headers are as large as the server takes them: with ours, too large.
+    let mut headers = async_nats::HeaderMap::new();
+    headers.insert("Filler", "x".repeat(FILLER));
+    for payload in [&b"good-3"[..], b"\xff"] {
+        let order = PublishMessage::build().headers(headers.clone());
+        let order = order.payload(payload.to_vec().into());
+        jetstream.send_publish("retry.orders", order).await?.await?;
+    }
+    publish(&jetstream, "retry.causes.2", "a\r\nb".into()).await?;
+    let mut processor = start(RETRY, &[], &nats)?;
+    processor.wait_for("4: dead letter 1", SOON)?;
+    let advise = async || {
+        for sequence in [2, 3] {
+            let advisory = format!(r#"{{"stream_seq":{sequence},"deliveries":4}}"#);
+            publish(&jetstream, GIVEN_UP, advisory).await?;
+        }
+        anyhow::Ok(())
+    };
+    publish(&jetstream, GIVEN_UP, "no advisory".into()).await?;
+    advise().await?;
+    processor.wait_for("2: dead letter 2", SOON)?;
+    processor.wait_for("3: dead letter 3", SOON)?;
+    let dead = jetstream.get_stream("RETRY_DEAD").await?;
+    let letter = dead.get_raw_message(2).await?;
+    assert_eq!(letter.headers.get("Cause").unwrap().as_str(), "a  b");
+    for sequence in [1, 3] {
+        let letter = dead.get_raw_message(sequence).await?;
+        assert_eq!(letter.headers.get("Filler"), None);
+        assert!(letter.headers.get("Payload").is_some());
+    }
+    // While they are there, and when they are replayed: no second one.
+    advise().await?;
+    processor.wait_for("3: is a dead letter already", SOON)?;
+    let nowhere = PublishMessage::build().payload("from nowhere".into());
+    jetstream
+        .send_publish("retry.dead.99", nowhere)
+        .await?
+        .await?;
+    nats.kill(1)?;
+    nats.restart(1)?;
+    let mut replay = start(RETRY, &["replay"], &nats)?;
+    replay.wait_for("dead letter 4: not replayed: no origin", SOON)?;
+    let replayed = replay.wait(SOON)?;
+    assert!(
+        replayed.stdout.ends_with("replayed 3\n"),
+        "{}",
+        replayed.stdout
+    );
+    assert_eq!(replayed.code(), 1);
+    advise().await?;
+    // What is no text is dead again, as a new order.
+    let lines = [
+        "2: was a dead letter, and is replayed",
+        "3: was a dead letter, and is replayed",
+        "5: dead letter 5",
+    ];
+    until("all of that is said", || {
+        let said = processor.lines();
+        let has = |line: &&str| said.iter().any(|one| one.starts_with(*line));
+        Ok(lines.iter().all(has))
+    })?;
+    caught_up(&jetstream, "RETRY_ADVISORIES", "undertaker").await?;
+    stop(processor)?;
+    assert_eq!(dead.get_info().await?.state.messages, 2);
+    let orders = jetstream.get_stream("RETRY_ORDERS").await?;
+    assert_eq!(orders.cached_info().state.last_sequence, 7);
+    for (sequence, payload) in [(5, &b"\xff"[..]), (7, b"good-3")] {
+        let order = orders.get_raw_message(sequence).await?;
+        assert_eq!(order.payload, payload);
+        let filler = order.headers.get("Filler").context("no headers")?;
+        assert_eq!(filler.as_str().len(), FILLER);
+    }
     Ok(())
 }
 
@@ -581,6 +764,19 @@ async fn ids_are_bounded_and_what_is_no_payment_is_kept_aside() -> Result<()> {
         .query_map([], |row| row.get(0))?
         .collect::<Result<_, _>>()?;
     assert_eq!(kept, bad.map(<[u8]>::to_vec));
+
+    // The books outlive the stream: another message with a number that is in them is kept, too.
+    jetstream.delete_stream("PAYMENTS").await?;
+    run(IDEMPOTENT, &["send", "0"], &nats)?.ok()?;
+    let mut payloads: Vec<_> = (0..20).map(payment).collect();
+    payloads.push(b"another".to_vec());
+    pay(&jetstream, payloads).await?;
+    let mut consumer = books_consumer(&nats, &books, "5")?;
+    consumer.wait_for("message 21: rejected", SOON)?;
+    stop(consumer)?;
+    let another = "SELECT count(*) FROM rejected WHERE payload = CAST('another' AS BLOB)";
+    assert_eq!(number(&books, another)?, 1);
+    assert_eq!(number(&books, "SELECT count(*) FROM rejected")?, 6);
     Ok(())
 }
 
@@ -702,6 +898,10 @@ async fn the_monitor_tells_pending_unacknowledged_and_lost_apart() -> Result<()>
         "LOST: SMALL/reader: the stream dropped 3 messages undelivered",
         SOON,
     )?;
+    // A stream that is not there is not one without lag.
+    let mut mistaken = start(LAG, &["SMAL"], &nats)?;
+    mistaken.wait_for("there is no stream SMAL", SOON)?;
+    stop(mistaken)?;
     // Not to know is no reason to end.
     nats.kill(1)?;
     monitor.wait_for("lag unknown", SOON)?;

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::Info;
 use compose::harness::{Example, Finished, Running};
+use compose::probe::http_get;
 use compose::{Broker, Service};
 
 /// A limit, and not a duration: nothing here waits for it unless something is wrong.
@@ -69,6 +70,24 @@ pub async fn caught_up(jetstream: &jetstream::Context, stream: &str, name: &str)
 pub async fn round_trip(client: &async_nats::Client) {
     // Nobody subscribes there: the server answers that at once.
     let _ = client.request(client.new_inbox(), "".into()).await;
+}
+
+/// All that the server has been sent on this connection is out of its hands: in its clients' sockets, read or not.
+pub async fn handed_over(nats: &Broker, client: &async_nats::Client) -> Result<()> {
+    round_trip(client).await;
+    until("the server has handed it over", || {
+        let waiting = |one: &serde_json::Value| one["pending_bytes"] != 0;
+        Ok(!connections(nats)?.iter().any(waiting))
+    })
+}
+
+/// The server's connections, by its monitoring page.
+pub fn connections(nats: &Broker) -> Result<Vec<serde_json::Value>> {
+    let page = format!("{}/connz", nats.web()[0]);
+    let (_, text) = http_get(&page, SOON).with_context(|| format!("no answer from {page}"))?;
+    let page: serde_json::Value = serde_json::from_str(&text)?;
+    let connections = page["connections"].as_array();
+    Ok(connections.context("no list of connections")?.clone())
 }
 
 pub fn until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
