@@ -36,7 +36,7 @@
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_async_producer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::pin::pin;
 use std::time::Duration;
 
@@ -46,7 +46,7 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{Consumer, StreamConsumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::BorrowedMessage;
-use rdkafka::producer::{BaseProducer, BaseRecord, FutureProducer, FutureRecord, Producer};
+use rdkafka::producer::{DeliveryFuture, FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 const TOPIC: &str = "compacted-table.prices";
@@ -73,14 +73,14 @@ async fn main() -> anyhow::Result<()> {
             println!("{key} deleted at {offset}");
             Ok(())
         }
-        ["fill", count] => fill(&brokers, count.parse().context("how many records?")?),
+        ["fill", count] => fill(&brokers, count.parse().context("how many records?")?).await,
         _ => bail!("usage: kafka_compacted_table [set KEY CENTS | delete KEY | fill COUNT]"),
     }
 }
 
 /// Sets the key, or deletes it; returns the offset.
 async fn write(brokers: &str, key: &str, value: Option<&str>) -> anyhow::Result<i64> {
-    let producer: FutureProducer = producer(brokers)?;
+    let producer = producer(brokers)?;
     let mut record = FutureRecord::to(TOPIC).key(key);
     // No payload is null. `payload("")` would be an empty value, and delete nothing.
     record.payload = value;
@@ -91,7 +91,7 @@ async fn write(brokers: &str, key: &str, value: Option<&str>) -> anyhow::Result<
     Ok(delivery.offset)
 }
 
-fn producer<P: rdkafka::config::FromClientConfig>(brokers: &str) -> anyhow::Result<P> {
+fn producer(brokers: &str) -> anyhow::Result<FutureProducer> {
     Ok(ClientConfig::new()
         .set("bootstrap.servers", brokers)
         // A retry must not put an old value behind a newer one.
@@ -175,23 +175,31 @@ fn apply(table: &mut BTreeMap<String, u64>, record: &BorrowedMessage<'_>) -> Opt
 }
 
 /// Sets ten keys over and over: work for the compaction.
-fn fill(brokers: &str, count: u64) -> anyhow::Result<()> {
-    let producer: BaseProducer = producer(brokers)?;
+async fn fill(brokers: &str, count: u64) -> anyhow::Result<()> {
+    let producer = producer(brokers)?;
+    let mut reports = VecDeque::new();
     for number in 0..count {
         let (key, price) = (format!("key-{}", number % 10), number.to_string());
-        let mut record = BaseRecord::to(TOPIC).key(&key).payload(&price);
-        while let Err((error, refused)) = producer.send(record) {
-            if error.rdkafka_error_code() != Some(RDKafkaErrorCode::QueueFull) {
-                bail!(error);
-            }
-            producer.poll(Duration::from_millis(10));
-            record = refused;
+        let record = FutureRecord::to(TOPIC).key(&key).payload(&price);
+        reports.push_back(producer.send_result(record).map_err(|(error, _)| error)?);
+        // Well below the 100,000 that fit into the producer's queue.
+        if reports.len() > 10_000
+            && let Some(oldest) = reports.pop_front()
+        {
+            written(oldest).await?;
         }
     }
-    producer
-        .flush(Duration::from_secs(60))
-        .context("not all records were written")?;
+    for report in reports {
+        written(report).await?;
+    }
     println!("filled: {count} records");
+    Ok(())
+}
+
+/// Only its report tells that a record was written. To empty the queue (`flush`) succeeds when all were refused, too.
+async fn written(report: DeliveryFuture) -> anyhow::Result<()> {
+    let delivery = report.await?.map_err(|(error, _)| error);
+    delivery.context("not all records were written")?;
     Ok(())
 }
 

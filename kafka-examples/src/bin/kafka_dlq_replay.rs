@@ -44,6 +44,7 @@
 //! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_retry_dlq.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -58,6 +59,7 @@ const DEAD_LETTERS: &str = "retry-dlq.payments.dlq";
 const GROUP: &str = "retry-dlq.replay";
 const BATCH: usize = 100;
 const PATIENCE: Duration = Duration::from_secs(5);
+const TRANSACTION: Duration = Duration::from_secs(10);
 
 fn main() -> anyhow::Result<()> {
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
@@ -165,17 +167,25 @@ impl Waiting {
     }
 }
 
-/// A broker that has just started looks for the group's coordinator first, and refuses until it has found it.
+/// A broker that has just started looks for the group's coordinator first, and refuses until it has found it. Nor does
+/// it tell a position that a killed replay was about to move, until it has given up on that one's transaction: it looks
+/// for those every ten seconds.
 fn committed(
     consumer: &BaseConsumer,
     list: &TopicPartitionList,
 ) -> anyhow::Result<TopicPartitionList> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + 2 * TRANSACTION + PATIENCE;
     loop {
-        match consumer.committed_offsets(list.clone(), PATIENCE) {
-            Ok(committed) => return Ok(committed),
-            Err(error) if Instant::now() > deadline => return Err(error.into()),
-            Err(_) => sleep(Duration::from_millis(100)),
+        let committed = consumer.committed_offsets(list.clone(), PATIENCE);
+        let error = match &committed {
+            // Each partition has an error of its own.
+            Ok(all) => all.elements().iter().find_map(|at| at.error().err()),
+            Err(error) => Some(error.clone()),
+        };
+        match error {
+            None => return Ok(committed?),
+            Some(error) if Instant::now() > deadline => return Err(error.into()),
+            Some(_) => sleep(Duration::from_millis(100)),
         }
     }
 }
@@ -185,7 +195,8 @@ fn show(letter: &OwnedMessage) {
         let text = String::from_utf8_lossy(bytes);
         text.chars().take(200).collect()
     };
-    let header = |key| header(letter, key).map_or("unknown".into(), |value| text(&value));
+    let headers = headers(letter);
+    let header = |key| last(headers.as_deref(), key).map_or("unknown".into(), text);
     println!(
         "{}/{}: key {}, attempts {}, cause: {}",
         letter.partition(),
@@ -194,25 +205,35 @@ fn show(letter: &OwnedMessage) {
         header("attempts"),
         header("cause"),
     );
+    if headers.is_none() {
+        println!("  its headers cannot be read: the name of one is not UTF-8");
+    }
     println!(
         "  from {}/{}/{}, {} replays before: {}",
         header("origin.topic"),
         header("origin.partition"),
         header("origin.offset"),
-        replays(letter),
+        replays(headers.as_deref()),
         letter.payload().map_or("null".into(), text),
     );
 }
 
-/// The last one under this key.
-fn header(letter: &OwnedMessage, key: &str) -> Option<Vec<u8>> {
-    let mut all = letter.headers()?.iter().filter(|header| header.key == key);
-    let first = all.next()?;
-    all.last().unwrap_or(first).value.map(<[u8]>::to_vec)
+type Bytes<'a> = Header<'a, &'a [u8]>;
+
+/// None if they cannot be read: the crate panics on a header whose name is not UTF-8, which any other client can write.
+fn headers(letter: &OwnedMessage) -> Option<Vec<Bytes<'_>>> {
+    let all = letter.headers();
+    let read = AssertUnwindSafe(|| all.into_iter().flat_map(Headers::iter).collect());
+    catch_unwind(read).ok()
 }
 
-fn replays(letter: &OwnedMessage) -> u32 {
-    let value = header(letter, "replays").and_then(|value| String::from_utf8(value).ok());
+/// The value of the last one under this key.
+fn last<'a>(headers: Option<&[Bytes<'a>]>, key: &str) -> Option<&'a [u8]> {
+    headers?.iter().rfind(|header| header.key == key)?.value
+}
+
+fn replays(headers: Option<&[Bytes<'_>]>) -> u32 {
+    let value = last(headers, "replays").and_then(|value| std::str::from_utf8(value).ok());
     value.and_then(|value| value.parse().ok()).unwrap_or(0)
 }
 
@@ -220,9 +241,14 @@ fn transactional(brokers: &str) -> anyhow::Result<BaseProducer> {
     let producer: BaseProducer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("transactional.id", GROUP)
-        .set("transaction.timeout.ms", "10000")
+        .set(
+            "transaction.timeout.ms",
+            TRANSACTION.as_millis().to_string(),
+        )
         .set("message.timeout.ms", "10000")
-        .set("message.max.bytes", "10000000")
+        // The broker's limit is for what is compressed, the client's for what is not: both as for the dead letters.
+        .set("compression.type", "zstd")
+        .set("message.max.bytes", "1000000000")
         .create()?;
     producer.init_transactions(Duration::from_secs(10))?;
     Ok(producer)
@@ -238,15 +264,20 @@ fn send_back(
     let mut positions = BTreeMap::new();
     for letter in letters {
         positions.insert(letter.partition(), letter.offset() + 1);
-        let replays = (replays(letter) + 1).to_string();
+        let known = headers(letter);
+        let replays = replays(known.as_deref()).saturating_add(1).to_string();
         // What was its history is that of the next attempt now; the sender's own headers go along.
         let ours = ["attempts", "cause", "replays"];
-        let mut headers = OwnedHeaders::new();
-        for header in letter.headers().into_iter().flat_map(|all| all.iter()) {
-            if !ours.contains(&header.key) && !header.key.starts_with("origin.") {
-                headers = headers.insert(header);
-            }
-        }
+        let theirs =
+            |header: &Bytes<'_>| !ours.contains(&header.key) && !header.key.starts_with("origin.");
+        let headers = match known {
+            Some(all) => all
+                .into_iter()
+                .filter(theirs)
+                .fold(OwnedHeaders::new(), OwnedHeaders::insert),
+            // Its history goes along as well, for nobody can tell it from the rest.
+            None => letter.headers().cloned().unwrap_or_default(),
+        };
         let mut record = BaseRecord::<[u8], [u8]>::to(PAYMENTS).headers(headers.insert(Header {
             key: "replays",
             value: Some(&replays),

@@ -35,9 +35,10 @@
 //! isolation.level `read_uncommitted` and `read_committed`, and count. A second program that shares the work, instead of
 //! taking it over, needs its own TRANSACTIONAL_ID.
 //!
-//! Settings: KAFKA_BROKERS (localhost:9092); TRANSACTIONAL_ID (exactly-once-1); BATCH (100) records or BATCH_MS (200)
-//! make a transaction; WORK_MS (0) is how long an order takes; `send` and numbers send so many orders, and other words
-//! as they are. See also: kafka_window_aggregation, order_pipeline.
+//! Settings: KAFKA_BROKERS (localhost:9092); TRANSACTIONAL_ID (exactly-once-1); BATCH (100) records, or what comes in
+//! BATCH_MS (200), make a transaction, but no more than 5 seconds of work; WORK_MS (0) is how long an order takes, at
+//! most 5000; `send` and numbers send so many orders, and other words as they are.
+//! See also: kafka_window_aggregation, order_pipeline.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -61,8 +62,12 @@ const DEAD_LETTERS: &str = "exactly-once.orders.dlq";
 const GROUP: &str = "exactly-once";
 /// The same for orders and invoices: an order's key is the key of its invoice.
 const PARTITIONS: i32 = 2;
-/// An order may be as large as the broker lets it be. With the headers of a dead letter it is larger still.
-const LARGEST_DEAD_LETTER: &str = "2097152";
+/// A record may be as large as the broker lets it be. With the headers of a dead letter it is larger still, and another
+/// compression may have done better. An order, whose invoice has to fit, too, is never that large.
+const LARGEST_DEAD_LETTER: &str = "10485760";
+const LARGEST_ORDER: usize = 100_000;
+/// Of work in a transaction. The broker aborts one that takes longer than `transaction.timeout.ms`, and fences us off.
+const MOST_WORK: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(5);
 const FORGOTTEN: Duration = Duration::from_secs(30);
 
@@ -91,7 +96,7 @@ async fn main() -> anyhow::Result<()> {
         batch: usize::try_from(setting("BATCH", 100)?)?.clamp(1, 10_000),
         // Well below transaction.timeout.ms.
         batch_time: Duration::from_millis(setting("BATCH_MS", 200)?.min(5_000)),
-        work: Duration::from_millis(setting("WORK_MS", 0)?),
+        work: Duration::from_millis(setting("WORK_MS", 0)?).min(MOST_WORK),
     };
     create_topics(&settings.brokers).await?;
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -203,7 +208,10 @@ fn session(
         // After that the broker aborts what a dead program left open. Until then its readers wait.
         .set("transaction.timeout.ms", "15000")
         .set("message.timeout.ms", "15000")
-        .set("message.max.bytes", LARGEST_DEAD_LETTER)
+        // The broker's limit is for what is compressed, the client's for what is not: a record that was small enough
+        // for the one can be too large for the other, and would fail every transaction.
+        .set("compression.type", "zstd")
+        .set("message.max.bytes", "1000000000")
         // A batch is complete when it is sent.
         .set("linger.ms", "0")
         .create()?;
@@ -242,8 +250,9 @@ fn batches(
     counts: &mut Counts,
 ) -> anyhow::Result<()> {
     let begun = Instant::now();
+    let (mut batch, mut poison) = (Vec::new(), BTreeMap::new());
     while !stop.is_cancelled() {
-        let batch = gather(consumer, settings)?;
+        gather(consumer, settings, &mut batch)?;
         if batch.is_empty() {
             // A group whose broker was killed may forget a member that waits for its partitions.
             if begun.elapsed() > FORGOTTEN && consumer.assignment()?.count() == 0 {
@@ -251,35 +260,45 @@ fn batches(
             }
             continue;
         }
-        let mut poison = BTreeMap::new();
-        // Each round ends the batch, or finds one more record that it cannot be done with.
-        while let Err((place, reason)) = transact(producer, consumer, &batch, &poison, settings)? {
-            producer.abort_transaction(PATIENCE)?;
-            counts.aborted += 1;
-            let (partition, offset) = place;
-            println!(
-                "aborted, nothing of it counts: partition {partition} offset {offset} is no order: {reason}"
-            );
-            poison.insert(place, reason);
-        }
+        // Each round gets some of it done, or finds records that it cannot be done with.
+        let done = loop {
+            match transact(producer, consumer, &batch, &poison, settings)? {
+                Ok(done) => break done,
+                Err(bad) => {
+                    producer.abort_transaction(PATIENCE)?;
+                    counts.aborted += 1;
+                    for ((partition, offset), reason) in &bad {
+                        println!(
+                            "aborted, nothing of it counts: partition {partition} offset {offset} is no order: {reason}"
+                        );
+                    }
+                    poison.extend(bad);
+                }
+            }
+        };
+        let letters = batch
+            .drain(..done)
+            .filter(|record| poison.remove(&place(record)).is_some())
+            .count();
         counts.committed += 1;
         println!(
-            "committed: {} invoices, {} dead letter{}",
-            batch.len() - poison.len(),
-            poison.len(),
-            if poison.len() == 1 { "" } else { "s" }
+            "committed: {} invoices, {letters} dead letter{}",
+            done - letters,
+            if letters == 1 { "" } else { "s" }
         );
     }
     Ok(())
 }
 
-/// Up to BATCH records, as many as come within BATCH_MS of the first; none if it is quiet.
+/// Up to BATCH records, as many as come within BATCH_MS of the first; none if it is quiet. What the last transaction
+/// has left over comes first.
 fn gather(
     consumer: &BaseConsumer<Revoked>,
     settings: &Settings,
-) -> anyhow::Result<Vec<OwnedMessage>> {
-    let mut batch = Vec::new();
-    let mut deadline = Instant::now() + Duration::from_millis(100);
+    batch: &mut Vec<OwnedMessage>,
+) -> anyhow::Result<()> {
+    let wait = if batch.is_empty() { 100 } else { 0 };
+    let mut deadline = Instant::now() + Duration::from_millis(wait);
     while batch.len() < settings.batch {
         let next = consumer.poll(deadline.saturating_duration_since(Instant::now()));
         // A rebalance happens inside of poll. What was read before is another member's by now, or comes again.
@@ -299,39 +318,55 @@ fn gather(
             None => break,
         }
     }
-    Ok(batch)
+    Ok(())
 }
 
 type Place = (i32, i64);
 
-/// The pattern: all that a batch leads to, and the position behind it, in one transaction.
+fn place(record: &OwnedMessage) -> Place {
+    (record.partition(), record.offset())
+}
+
+/// The pattern: all that a batch leads to, and the position behind it, in one transaction. Returns how many of its
+/// records are done with; the rest is for the next one.
 ///
-/// It stops at a record that cannot be transformed. The transaction is then still open, and some of it is written.
+/// If there are records that cannot be transformed, it returns those, and why. The transaction is then still open, and
+/// some of it is written.
 fn transact(
     producer: &Transactions,
     consumer: &BaseConsumer<Revoked>,
     batch: &[OwnedMessage],
     poison: &BTreeMap<Place, String>,
     settings: &Settings,
-) -> anyhow::Result<Result<(), (Place, String)>> {
+) -> anyhow::Result<Result<usize, BTreeMap<Place, String>>> {
     producer.begin_transaction()?;
-    let mut next = BTreeMap::new();
+    let begun = Instant::now();
+    let (mut done, mut next, mut bad) = (0, BTreeMap::new(), BTreeMap::new());
     for record in batch {
-        let place = (record.partition(), record.offset());
-        if let Some(reason) = poison.get(&place) {
+        if begun.elapsed() > MOST_WORK {
+            break;
+        }
+        if let Some(reason) = poison.get(&place(record)) {
             bury(producer, record, reason)?;
         } else {
             match invoice(record.payload()) {
-                Ok(invoice) => {
+                Ok(invoice) if bad.is_empty() => {
                     sleep(settings.work);
                     let mut outgoing = BaseRecord::<[u8], [u8]>::to(INVOICES).payload(&invoice);
                     outgoing.key = record.key();
                     producer.send(outgoing).map_err(|(error, _)| error)?;
                 }
-                Err(reason) => return Ok(Err((place, reason))),
+                Ok(_) => {} // of no use any more
+                Err(reason) => {
+                    bad.insert(place(record), reason);
+                }
             }
         }
         next.insert(record.partition(), record.offset() + 1);
+        done += 1;
+    }
+    if !bad.is_empty() {
+        return Ok(Err(bad));
     }
     let mut positions = TopicPartitionList::new();
     for (partition, next) in next {
@@ -347,12 +382,15 @@ fn transact(
     }
     // A record that was not delivered makes this fail.
     producer.commit_transaction(PATIENCE)?;
-    Ok(Ok(()))
+    Ok(Ok(done))
 }
 
 /// The transformation. Bytes from a topic can be anything.
 fn invoice(payload: Option<&[u8]>) -> Result<Vec<u8>, String> {
     let payload = payload.ok_or("it has no payload")?;
+    if payload.len() > LARGEST_ORDER {
+        return Err(format!("it has {} bytes", payload.len()));
+    }
     let order: Order = serde_json::from_slice(payload).map_err(|error| error.to_string())?;
     if order.order_id.is_empty() {
         return Err("its order_id is empty".into());

@@ -62,9 +62,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The name of the header, and the major version that this program was written for.
 const VERSION: &str = "schema-version";
 const MAJOR: u32 = 1;
-/// What a record may hold at most. A dead letter carries more than its original: the reason and the origin.
+/// What a record may hold at most. A dead letter carries more than its original, the reason and the origin, and another
+/// compression may have done better.
 const RECORD_BYTES: &str = "1048576";
-const LETTER_BYTES: &str = "1200000";
+const LETTER_BYTES: &str = "4194304";
 
 /// The event as of version 1.1.
 #[derive(Deserialize)]
@@ -89,8 +90,12 @@ async fn main() -> Result<()> {
         .set("bootstrap.servers", &brokers)
         .set("acks", "all")
         .set("enable.idempotence", "true")
-        .set("message.timeout.ms", "5000")
-        .set("message.max.bytes", LETTER_BYTES)
+        // Long enough for a broker to restart.
+        .set("message.timeout.ms", "30000")
+        // The broker's limit is for what is compressed, the client's for what is not: an event that was small enough
+        // for the one can be too large for the other, and would end this program again and again.
+        .set("compression.type", "zstd")
+        .set("message.max.bytes", "1000000000")
         .create()?;
     match argument.as_deref() {
         None => consume(&brokers, &producer).await,

@@ -59,9 +59,11 @@ const TABLES: &str = "
     -- Numbered, so that the oldest are known. Not by AUTOINCREMENT: there, duplicates would use up numbers, too.
     CREATE TABLE IF NOT EXISTS seen (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE);
     -- Records that are no payments, as they came.
-    CREATE TABLE IF NOT EXISTS rejected (
-        topic TEXT, partition INTEGER, offset INTEGER, key BLOB, payload BLOB, reason TEXT,
-        PRIMARY KEY (topic, partition, offset));
+    CREATE TABLE IF NOT EXISTS no_payments (
+        topic TEXT, partition INTEGER, offset INTEGER, timestamp INTEGER, key BLOB, payload BLOB, reason TEXT);
+    -- A topic that is made anew begins again at offset 0. SQLite takes a null for different from every other null.
+    CREATE UNIQUE INDEX IF NOT EXISTS each_once
+        ON no_payments (topic, partition, offset, timestamp, ifnull(payload, 'null'));
 ";
 
 #[derive(Serialize, Deserialize)]
@@ -175,7 +177,9 @@ async fn consume(brokers: &str) -> anyhow::Result<()> {
         Err(error) => eprintln!("the last payments will be read again: {error}"),
     }
     drop(consumer);
-    let sums = "SELECT ifnull(sum(payments), 0), ifnull(sum(cents), 0), (SELECT count(*) FROM rejected) FROM balances";
+    let sums =
+        "SELECT ifnull(sum(payments), 0), ifnull(sum(cents), 0), (SELECT count(*) FROM no_payments)
+        FROM balances";
     let (payments, cents, rejected): (i64, i64, i64) =
         books.query_row(sums, [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
     println!("in the books: {payments} payments, {cents} cents, {rejected} rejected");
@@ -198,12 +202,13 @@ fn apply(
                 topic,
                 partition,
                 offset,
+                record.timestamp().to_millis().unwrap_or(0),
                 record.key(),
                 record.payload(),
                 reason
             ];
             books.execute(
-                "INSERT OR IGNORE INTO rejected VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO no_payments VALUES (?, ?, ?, ?, ?, ?, ?)",
                 row,
             )?;
             format!("partition {partition} offset {offset}: rejected, no payment: {reason}")

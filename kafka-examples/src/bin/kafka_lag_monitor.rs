@@ -49,6 +49,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaResult;
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -79,7 +80,10 @@ impl Backlog {
     }
 }
 
-type Lags = BTreeMap<(String, String, i32), Backlog>;
+/// A group, a topic and a partition.
+type Place = (String, String, i32);
+type Lags = BTreeMap<Place, Backlog>;
+type Position = (Place, KafkaResult<Option<i64>>);
 
 #[tokio::main]
 async fn main() -> Result<()> {
@@ -119,7 +123,7 @@ async fn main() -> Result<()> {
             println!("{greeting}");
         }
         // The client blocks; this gives other tasks their thread.
-        match tokio::task::block_in_place(|| monitor.read()) {
+        match tokio::task::block_in_place(|| monitor.read(&before)) {
             Ok(now) => {
                 report(&before, &now);
                 alarm(&now, threshold, &mut warned);
@@ -162,8 +166,9 @@ impl Monitor {
         self.clients.get(group).context("just inserted")
     }
 
-    fn read(&mut self) -> Result<Lags> {
-        let (chosen, wanted) = (self.group.clone(), self.topics.clone());
+    /// What cannot be known of one group or partition is reported, and taken to be as it was `before`.
+    fn read(&mut self, before: &Lags) -> Result<Lags> {
+        let chosen = self.group.clone();
         let any = self.client(chosen.as_deref().unwrap_or(NO_GROUP))?;
         let mut all = TopicPartitionList::new();
         for topic in any.fetch_metadata(None, PATIENCE)?.topics() {
@@ -183,57 +188,74 @@ impl Monitor {
                     .collect()
             }
         };
+        // Each has threads and connections.
+        self.clients
+            .retain(|name, _| name == NO_GROUP || groups.contains(name));
 
+        let mut lags = Lags::new();
         let mut positions = Vec::new();
         for group in groups {
-            let committed = self
-                .client(&group)?
-                .committed_offsets(all.clone(), PATIENCE)?;
-            let committed = committed.elements();
-            // A group reads a topic if it has ever committed on any of its partitions.
-            let read: HashSet<&str> = committed
-                .iter()
-                .filter(|at| {
-                    matches!(at.offset(), Offset::Offset(_)) || wanted.contains(at.topic())
-                })
-                .map(|at| at.topic())
-                .collect();
-            for at in committed.iter().filter(|at| read.contains(at.topic())) {
-                at.error()?;
-                let position = match at.offset() {
-                    Offset::Offset(position) => Some(position),
-                    _ => None,
-                };
-                positions.push((
-                    (group.clone(), at.topic().to_owned(), at.partition()),
-                    position,
-                ));
+            match self.positions(&group, &all) {
+                Ok(found) => positions.extend(found),
+                Err(error) => {
+                    eprintln!("lag of {group} unknown: {error:#}");
+                    let same = before.iter().filter(|((of, ..), _)| *of == group);
+                    lags.extend(same.map(|(at, backlog)| (at.clone(), *backlog)));
+                }
             }
         }
 
         // After the positions: the other way round, a group that reads meanwhile could be ahead of the end.
         let mut watermarks = HashMap::new();
         let any = self.clients.values().next().context("there is a client")?;
-        let mut lags = Lags::new();
-        for ((group, topic, partition), position) in positions {
-            let (start, end) = match watermarks.get(&(topic.clone(), partition)) {
-                Some(known) => *known,
-                None => {
-                    let found = any.fetch_watermarks(&topic, partition, PATIENCE)?;
-                    watermarks.insert((topic.clone(), partition), found);
-                    found
-                }
-            };
-            lags.insert(
-                (group, topic, partition),
-                Backlog {
-                    position,
+        for (at, position) in positions {
+            let (group, topic, partition) = &at;
+            let known = watermarks
+                .entry((topic.clone(), *partition))
+                .or_insert_with(|| any.fetch_watermarks(topic, *partition, PATIENCE));
+            let backlog = known.clone().and_then(|(start, end)| {
+                Ok(Backlog {
+                    position: position?,
                     start,
                     end,
-                },
-            );
+                })
+            });
+            let backlog = match backlog {
+                Ok(backlog) => Some(backlog),
+                Err(error) => {
+                    eprintln!("lag of {group} on {topic}/{partition} unknown: {error}");
+                    before.get(&at).copied()
+                }
+            };
+            lags.extend(backlog.map(|backlog| (at, backlog)));
         }
         Ok(lags)
+    }
+
+    /// Of all partitions of the topics that the group reads; None where it has never committed.
+    fn positions(&mut self, group: &str, all: &TopicPartitionList) -> Result<Vec<Position>> {
+        let wanted = self.topics.clone();
+        let committed = self
+            .client(group)?
+            .committed_offsets(all.clone(), PATIENCE)?;
+        let committed = committed.elements();
+        // A group reads a topic if it has ever committed on any of its partitions.
+        let read: HashSet<&str> = committed
+            .iter()
+            .filter(|at| matches!(at.offset(), Offset::Offset(_)) || wanted.contains(at.topic()))
+            .map(|at| at.topic())
+            .collect();
+        let committed = committed.iter().filter(|at| read.contains(at.topic()));
+        let position = |offset| match offset {
+            Offset::Offset(position) => Some(position),
+            _ => None,
+        };
+        Ok(committed
+            .map(|at| {
+                let place = (group.to_owned(), at.topic().to_owned(), at.partition());
+                (place, at.error().map(|()| position(at.offset())))
+            })
+            .collect())
     }
 }
 

@@ -169,15 +169,34 @@ fn lane(ledger: Arc<Ledger>) -> mpsc::Sender<Job> {
     let (sender, mut jobs) = mpsc::channel::<Job>(QUEUE);
     tokio::spawn(async move {
         while let Some(Job { order, owner }) = jobs.recv().await {
-            let (partition, offset) = (order.partition(), order.offset());
+            let partition = order.partition();
             if ledger.pages().begin(partition, owner) {
+                let at_work = AtWork {
+                    ledger: &ledger,
+                    partition,
+                    owner,
+                };
                 work(&order).await;
-                ledger.pages().end(partition, offset);
-                ledger.ended.notify_all();
+                ledger.pages().done(partition, owner, order.offset());
+                drop(at_work);
             }
         }
     });
     sender
+}
+
+/// Its end is told even if the work panics: whoever waits for it would wait for ever. The record is then not done.
+struct AtWork<'a> {
+    ledger: &'a Ledger,
+    partition: i32,
+    owner: u64,
+}
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.ledger.pages().end(self.partition, self.owner);
+        self.ledger.ended.notify_all();
+    }
 }
 
 async fn work(order: &OwnedMessage) {
@@ -244,10 +263,15 @@ impl Pages {
         page.owner
     }
 
+    fn page(&mut self, partition: i32, owner: u64) -> Option<&mut Page> {
+        let page = self.open.get_mut(&partition)?;
+        (page.owner == owner).then_some(page)
+    }
+
     /// Whether the record is still ours to work on.
     fn begin(&mut self, partition: i32, owner: u64) -> bool {
-        match self.open.get_mut(&partition) {
-            Some(page) if page.owner == owner && !page.closing => {
+        match self.page(partition, owner) {
+            Some(page) if !page.closing => {
                 page.in_work += 1;
                 true
             }
@@ -255,10 +279,15 @@ impl Pages {
         }
     }
 
-    fn end(&mut self, partition: i32, offset: i64) {
+    fn done(&mut self, partition: i32, owner: u64, offset: i64) {
         self.total += 1;
-        if let Some(page) = self.open.get_mut(&partition) {
+        if let Some(page) = self.page(partition, owner) {
             page.pending.remove(&offset);
+        }
+    }
+
+    fn end(&mut self, partition: i32, owner: u64) {
+        if let Some(page) = self.page(partition, owner) {
             page.in_work -= 1;
         }
     }
@@ -312,10 +341,14 @@ impl ConsumerContext for Ledger {
                 .filter_map(|partition| pages.open.get(partition));
             moving.any(|page| page.in_work > 0)
         };
-        let mut pages = self
+        // Not for ever: the whole group waits for it. What is in work by then is before no position, and done again.
+        let (mut pages, waited) = self
             .ended
-            .wait_while(pages, busy)
+            .wait_timeout_while(pages, 4 * PATIENCE, busy)
             .unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            println!("giving up on what is still in work of {moving:?}: it will be repeated");
+        }
         let positions = pages.positions(|partition| moving.contains(&partition));
         pages
             .open

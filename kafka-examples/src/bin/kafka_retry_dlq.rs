@@ -37,6 +37,7 @@
 //! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_dlq_replay, kafka_manual_commit.
 
 use std::fmt::Display;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -95,8 +96,10 @@ async fn main() -> anyhow::Result<()> {
         .set("bootstrap.servers", &brokers)
         .set("enable.idempotence", "true")
         .set("message.timeout.ms", "30000")
-        // A record grows by its headers, and must still fit when it was as large as its topic allows.
-        .set("message.max.bytes", "10000000")
+        // The broker's limit is for what is compressed, the client's for what is not: a payment that was small enough
+        // for the one can be too large for the other, and would be tried again for ever.
+        .set("compression.type", "zstd")
+        .set("message.max.bytes", "1000000000")
         .create()?;
     match std::env::args().nth(1).as_deref() {
         None => {}
@@ -198,7 +201,12 @@ impl Stage {
     async fn handle(&self, record: &BorrowedMessage<'_>) -> anyhow::Result<()> {
         let attempt = self.attempt;
         let key = String::from_utf8_lossy(record.key().unwrap_or_default()).into_owned();
-        let (cause, lasting) = match pay(record.payload().unwrap_or_default(), attempt) {
+        let mut headers = Labels::of(record);
+        let paid = match headers.unread {
+            Some(_) => Err(Failure::Lasting("the name of a header is not UTF-8".into())),
+            None => pay(record.payload().unwrap_or_default(), attempt),
+        };
+        let (cause, lasting) = match paid {
             Ok(()) => {
                 self.counts.paid.fetch_add(1, Ordering::Relaxed);
                 println!("{key}: paid at attempt {attempt}");
@@ -208,7 +216,6 @@ impl Stage {
             Err(Failure::Lasting(cause)) => (cause, true),
         };
 
-        let mut headers = Labels::of(record);
         if attempt == 1 {
             // Whatever the sender has put there.
             headers.set("origin.topic", record.topic());
@@ -274,35 +281,44 @@ fn now_ms() -> u64 {
 }
 
 /// Headers of which each key has one value. Kafka's are a list, in which a key may occur again and again.
-struct Labels(Vec<(String, Option<Vec<u8>>)>);
+#[derive(Default)]
+struct Labels {
+    list: Vec<(String, Option<Vec<u8>>)>,
+    /// All that the record came with, if it cannot be read.
+    unread: Option<OwnedHeaders>,
+}
 
 impl Labels {
     fn of(record: &BorrowedMessage<'_>) -> Labels {
-        let all = record.headers().into_iter().flat_map(|all| all.iter());
-        Labels(
-            all.map(|one| (one.key.to_owned(), one.value.map(<[u8]>::to_vec)))
-                .collect(),
-        )
+        let Some(all) = record.headers() else {
+            return Labels::default();
+        };
+        let copy = |one: Header<'_, &[u8]>| (one.key.to_owned(), one.value.map(<[u8]>::to_vec));
+        // The crate panics on a header whose name is not UTF-8, which any other client can write.
+        let list = catch_unwind(AssertUnwindSafe(|| all.iter().map(copy).collect()));
+        let unread = list.is_err().then(|| all.detach());
+        let list = list.unwrap_or_default();
+        Labels { list, unread }
     }
 
     fn get(&self, key: &str) -> Option<String> {
-        let (_, value) = self.0.iter().rfind(|(name, _)| name == key)?;
+        let (_, value) = self.list.iter().rfind(|(name, _)| name == key)?;
         String::from_utf8(value.clone()?).ok()
     }
 
     fn remove(&mut self, key: &str) {
-        self.0.retain(|(name, _)| name != key);
+        self.list.retain(|(name, _)| name != key);
     }
 
     fn set(&mut self, key: &str, value: impl Display) {
         self.remove(key);
-        self.0
+        self.list
             .push((key.to_owned(), Some(value.to_string().into_bytes())));
     }
 
     fn into_owned(self) -> OwnedHeaders {
-        let empty = OwnedHeaders::new();
-        self.0.iter().fold(empty, |headers, (key, value)| {
+        let unread = self.unread.unwrap_or_default();
+        self.list.iter().fold(unread, |headers, (key, value)| {
             let value = value.as_ref();
             headers.insert(Header { key, value })
         })
@@ -358,7 +374,8 @@ async fn create_topics(brokers: &str) -> anyhow::Result<()> {
     // Room for the largest payment and the headers that it gets.
     let roomy = |name| topic(name).set("max.message.bytes", "10485760");
     let mut topics: Vec<NewTopic<'_>> = names.iter().map(|name| roomy(name.as_str())).collect();
-    topics.push(topic(PAYMENTS));
+    // More than the megabyte that clients send by default: a replay adds a header here, too.
+    topics.push(topic(PAYMENTS).set("max.message.bytes", "5242880"));
     let options = AdminOptions::new().request_timeout(Some(PATIENCE));
     match admin.create_topics(&topics, &options).await {
         Ok(results) => {

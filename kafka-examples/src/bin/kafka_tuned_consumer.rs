@@ -57,6 +57,8 @@ use tokio::time::{sleep, timeout};
 const TOPIC: &str = "tuned-jobs";
 const PARTITIONS: i32 = 1;
 const GROUP: &str = "tuned-consumer";
+/// No job is longer, for Ctrl-C waits for it, too.
+const LONGEST_MS: u64 = 60_000;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[tokio::main]
@@ -70,8 +72,8 @@ async fn main() -> Result<()> {
     ensure!(limit >= 6000, "MAX_POLL_INTERVAL_MS is at least 6000");
     let jobs: Vec<u64> = std::env::args()
         .skip(1)
-        .map(|job| job.parse())
-        .collect::<Result<_, _>>()
+        .map(|job| millis(&job))
+        .collect::<Result<_>>()
         .context("the arguments are jobs, in milliseconds of work")?;
     create_topic(&brokers).await?;
     if !jobs.is_empty() {
@@ -81,8 +83,12 @@ async fn main() -> Result<()> {
     let consumer: StreamConsumer<Narrator> = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
         .set("group.id", GROUP)
+        // Where a new group begins, and one whose position retention has deleted. The default, `latest`, skips all that
+        // is there by then.
         .set("auto.offset.reset", "earliest")
+        // Every five seconds, in the background: a commit for each job would cost a round trip to the broker.
         .set("enable.auto.commit", "true")
+        // Of what was stored below, when the job is done. The default stores it when the job is handed out.
         .set("enable.auto.offset.store", "false")
         // A member that is not heard of for this long is dead, and others take over. Shorter notices a crash sooner,
         // but also takes a pause of the network or of a virtual machine for one. The default is 45 seconds.
@@ -104,6 +110,7 @@ async fn main() -> Result<()> {
         // 64 MB, and for many partitions they are all of the memory. What was read ahead is not yet consumed.
         .set("queued.min.messages", "1000")
         .set("queued.max.messages.kbytes", "16384")
+        // A member that joins or leaves takes away only what moves. The default, `range,roundrobin`, stops all of them.
         .set("partition.assignment.strategy", "cooperative-sticky")
         // Bounds the last commit if the brokers are gone by then. The default is a minute.
         .set("socket.timeout.ms", "5000")
@@ -170,7 +177,7 @@ async fn main() -> Result<()> {
 fn job(message: &BorrowedMessage<'_>) -> Option<Duration> {
     let offset = message.offset();
     let text = String::from_utf8_lossy(message.payload().unwrap_or_default());
-    match text.parse() {
+    match millis(&text) {
         Ok(millis) => {
             let now = Timestamp::now().to_millis();
             let sent = message.timestamp().to_millis();
@@ -183,6 +190,12 @@ fn job(message: &BorrowedMessage<'_>) -> Option<Duration> {
             None
         }
     }
+}
+
+fn millis(job: &str) -> Result<u64> {
+    let millis = job.parse()?;
+    ensure!(millis <= LONGEST_MS, "more than {LONGEST_MS}");
+    Ok(millis)
 }
 
 /// Does the work, and warns while there is still time to do something about it.

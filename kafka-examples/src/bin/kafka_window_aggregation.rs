@@ -2,8 +2,9 @@
 //!
 //! A view counts for the window in which it happened, whenever it arrives. A window's count is written when the
 //! watermark has passed its end, corrected by what comes within the allowed lateness, and then given up. What is later
-//! still, or no view at all, goes to a topic of its own. Counts, open windows and positions are one Kafka transaction:
-//! exactly once in `page-views.counts`, for readers with `read_committed`.
+//! still, no view at all, or of one page too many, goes to a topic of its own. Counts, open windows and positions are
+//! one Kafka transaction: exactly once in `page-views.counts`, for readers with `read_committed`. Each partition counts
+//! for itself: a page whose views are in several, for want of a key, has a count from each, and their sum is right.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_page_views 2026-01-01T12:00:00Z
@@ -33,9 +34,10 @@
 //! count by the clock of the consumer instead gives other numbers after each restart, and counts a backlog as one big
 //! peak. To keep the open window in memory alone and commit the offsets loses it when the program dies. And late events,
 //! which vanish in most examples, are counted here and kept: `page-views.rejected`, with the reason in the headers.
-//! The watermark is the latest time seen in a partition, less 2 seconds. A partition in which nothing arrives for
-//! IDLE_MS takes over the watermark of the furthest one: otherwise its last windows would stay open for as long as
-//! nobody views its pages. If all are quiet, they do stay open, for no time passes in which anything happens.
+//! The watermark is the latest time seen in a partition, less 2 seconds. A partition that was read to its end, and in
+//! which nothing arrives for IDLE_MS, takes over the watermark of the furthest one: otherwise its last windows would
+//! stay open for as long as nobody views its pages. If all are quiet, they do stay open, for no time passes in which
+//! anything happens. A partition that waits to be read is not quiet: its backlog would be too late for that watermark.
 //!
 //! Try: kill -9 it at any moment, start it again, compare the last count of each window. Run kafka_page_views twice.
 //!
@@ -46,7 +48,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use chrono::{DateTime, Utc};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
@@ -73,8 +75,12 @@ const OUT_OF_ORDER_MS: i64 = 2_000;
 const LATENESS_MS: i64 = 5_000;
 /// A view from further in the future has a wrong clock: it would close all windows at once.
 const FUTURE_MS: i64 = 3_600_000;
-/// A rejected view may be as large as the broker lets it be, and gets headers.
-const LARGEST: &str = "2097152";
+/// Of what a partition has in open windows, for it has to fit into a snapshot: the bytes of the pages, and for each a
+/// count. In JSON a page may grow to six times its length.
+const MOST_BYTES: usize = 1_000_000;
+const COUNT_BYTES: usize = 32;
+/// For rejected views, which may be as large as the broker lets them be, and get headers; and for snapshots.
+const LARGEST: &str = "10485760";
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Deserialize)]
@@ -91,11 +97,15 @@ struct Task {
     watermark: i64,
     /// By their start, the views of each page.
     windows: BTreeMap<i64, BTreeMap<String, u64>>,
+    /// What they take of `MOST_BYTES`.
+    #[serde(default)]
+    bytes: usize,
 }
 
 /// What a transaction has to write and, once that is committed, to tell.
 enum Fact {
     Count {
+        partition: i32,
         start: i64,
         page: String,
         views: u64,
@@ -155,22 +165,36 @@ impl Task {
             let reason = format!("too late: {page} of {at}, the watermark is at {mark}");
             return facts.push(rejected(reason));
         }
-        let pages = self.windows.entry(start).or_default();
-        let views = pages.entry(page.clone()).or_default();
-        *views += 1;
-        if end <= self.watermark {
-            facts.push(Fact::Count {
-                start,
-                page,
-                views: *views,
-                corrected: true,
-            });
+        let pages = self.windows.get(&start);
+        let new = !pages.is_some_and(|pages| pages.contains_key(&page));
+        let needed = if new { page.len() + COUNT_BYTES } else { 0 };
+        if self.bytes + needed > MOST_BYTES {
+            let reason = format!(
+                "no room: too many pages in open windows for {}",
+                short(&page)
+            );
+            facts.push(rejected(reason));
+        } else {
+            self.bytes += needed;
+            let pages = self.windows.entry(start).or_default();
+            let views = pages.entry(page.clone()).or_default();
+            *views += 1;
+            if end <= self.watermark {
+                facts.push(Fact::Count {
+                    partition: record.partition(),
+                    start,
+                    page,
+                    views: *views,
+                    corrected: true,
+                });
+            }
         }
-        self.advance(at_ms - OUT_OF_ORDER_MS, facts);
+        // Without room, too: nothing else will ever close a window, and make some.
+        self.advance(record.partition(), at_ms - OUT_OF_ORDER_MS, facts);
     }
 
     /// Moves the watermark: the first counts of the windows that it passes, and the end of those that are over.
-    fn advance(&mut self, watermark: i64, facts: &mut Vec<Fact>) {
+    fn advance(&mut self, partition: i32, watermark: i64, facts: &mut Vec<Fact>) {
         if watermark <= self.watermark {
             return;
         }
@@ -178,6 +202,7 @@ impl Task {
             let end = start + WINDOW_MS;
             if self.watermark < end && end <= watermark {
                 facts.extend(pages.iter().map(|(page, views)| Fact::Count {
+                    partition,
                     start: *start,
                     page: page.clone(),
                     views: *views,
@@ -186,8 +211,14 @@ impl Task {
             }
         }
         self.watermark = watermark;
-        self.windows
-            .retain(|start, _| start + WINDOW_MS + LATENESS_MS > watermark);
+        self.windows.retain(|start, pages| {
+            let open = start + WINDOW_MS + LATENESS_MS > watermark;
+            if !open {
+                let bytes: usize = pages.keys().map(|page| page.len() + COUNT_BYTES).sum();
+                self.bytes = self.bytes.saturating_sub(bytes);
+            }
+            open
+        });
     }
 }
 
@@ -199,7 +230,6 @@ fn read(payload: Option<&[u8]>) -> Result<View, String> {
     if !(0..=latest).contains(&view.at_ms) {
         return Err(format!("its time is {}: a wrong clock", view.at_ms));
     }
-    // A page becomes part of a snapshot, which must not outgrow a record.
     if view.page.is_empty() || view.page.len() > 1000 {
         return Err("its page is empty or too long".into());
     }
@@ -264,7 +294,10 @@ fn session(
         .set("transactional.id", ID)
         .set("transaction.timeout.ms", "15000")
         .set("message.timeout.ms", "15000")
-        .set("message.max.bytes", LARGEST)
+        // The broker's limit is for what is compressed, the client's for what is not: a view that was small enough for
+        // the one can be too large for the other, and would never be rejected.
+        .set("compression.type", "zstd")
+        .set("message.max.bytes", "1000000000")
         .set("linger.ms", "0")
         .create()?;
     // Fences off who was here before, and aborts what that one left open. Only then is the state final.
@@ -277,9 +310,27 @@ fn session(
         .set("enable.auto.commit", "false")
         .set("socket.timeout.ms", "5000");
     let mut tasks = restore(&config)?;
-    let consumer: BaseConsumer = config.create()?;
+    let consumer: BaseConsumer = config
+        .set("enable.partition.eof", "true")
+        // Where the position is no more, the default would skip all that there is, and say nothing.
+        .set("auto.offset.reset", "error")
+        .create()?;
     let mut from = TopicPartitionList::new();
-    for (partition, task) in &tasks {
+    for (partition, task) in &mut tasks {
+        let (start, end) = consumer.fetch_watermarks(VIEWS, *partition, PATIENCE)?;
+        if task.next < start {
+            let lost = start - task.next;
+            println!(
+                "partition {partition}: LOST {lost} offsets, deleted before they were counted"
+            );
+            task.next = start;
+        }
+        // To read a new topic from its start would add it to the counts of the old one.
+        let next = task.next;
+        ensure!(
+            next <= end,
+            "partition {partition} ends at {end}, before {next}: not the topic that {STATE} is of"
+        );
         from.add_partition_offset(VIEWS, *partition, Offset::Offset(task.next))?;
         let (next, open) = (task.next, task.windows.len());
         println!("partition {partition}: from offset {next}, {open} windows open");
@@ -287,22 +338,24 @@ fn session(
     // Assigned, and not subscribed: the transactional id, and no group, sees to it that only one is at work.
     consumer.assign(&from)?;
 
-    let mut heard: BTreeMap<i32, Instant> =
-        tasks.keys().map(|key| (*key, Instant::now())).collect();
+    // Since when there is nothing more to read in a partition.
+    let mut quiet = BTreeMap::new();
     while !stop.is_cancelled() {
-        let records = gather(&consumer, batch)?;
+        let records = gather(&consumer, batch, &mut quiet)?;
         let (mut facts, mut changed) = (Vec::new(), BTreeSet::new());
         for record in &records {
             let partition = record.partition();
             let task = tasks.get_mut(&partition).context("not assigned")?;
             task.take(record, &mut facts);
             changed.insert(partition);
-            heard.insert(partition, Instant::now());
         }
         let furthest = tasks.values().map(|task| task.watermark).max().unwrap_or(0);
         for (partition, task) in &mut tasks {
-            if heard[partition].elapsed() >= idle && task.watermark < furthest {
-                task.advance(furthest, &mut facts);
+            let since: Option<&Instant> = quiet.get(partition);
+            let idle = since.is_some_and(|since| since.elapsed() >= idle);
+            // After a full batch, its next views may wait in the client's queue, behind those of another partition.
+            if idle && records.len() < batch && task.watermark < furthest {
+                task.advance(*partition, furthest, &mut facts);
                 changed.insert(*partition);
             }
         }
@@ -357,7 +410,11 @@ fn restore(config: &ClientConfig) -> anyhow::Result<BTreeMap<i32, Task>> {
 }
 
 /// Up to `batch` records, as many as come within 200 ms of the first; none if it is quiet.
-fn gather(consumer: &BaseConsumer, batch: usize) -> anyhow::Result<Vec<OwnedMessage>> {
+fn gather(
+    consumer: &BaseConsumer,
+    batch: usize,
+    quiet: &mut BTreeMap<i32, Instant>,
+) -> anyhow::Result<Vec<OwnedMessage>> {
     let mut records = Vec::new();
     let mut deadline = Instant::now() + Duration::from_millis(100);
     while records.len() < batch {
@@ -366,9 +423,16 @@ fn gather(consumer: &BaseConsumer, batch: usize) -> anyhow::Result<Vec<OwnedMess
                 if records.is_empty() {
                     deadline = Instant::now() + Duration::from_millis(200);
                 }
+                quiet.remove(&record.partition());
                 records.push(record.detach());
             }
-            Some(Err(error @ KafkaError::MessageConsumptionFatal(_))) => bail!(error),
+            Some(Err(KafkaError::PartitionEOF(partition))) => {
+                quiet.insert(partition, Instant::now());
+            }
+            Some(Err(
+                error @ (KafkaError::MessageConsumptionFatal(_)
+                | KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset)),
+            )) => bail!(error),
             // A lost connection, for example: the client tries again by itself.
             Some(Err(error)) => eprintln!("waiting for the broker: {error}"),
             None => break,
@@ -389,11 +453,17 @@ fn write(
     for fact in facts {
         match fact {
             Fact::Count {
-                start, page, views, ..
+                partition,
+                start,
+                page,
+                views,
+                ..
             } => {
-                // Page and window, so that a corrected count replaces the first one.
-                let key = format!("{page} {start}");
-                let count = serde_json::json!({"page": page, "window_ms": start, "views": views});
+                // So that a corrected count replaces the first one, and none that is another partition's.
+                let key = format!("{page} {start} {partition}");
+                let count = serde_json::json!({
+                    "page": page, "window_ms": start, "partition": partition, "views": views,
+                });
                 let count = count.to_string();
                 let record = BaseRecord::to(COUNTS).key(&key).payload(&count);
                 producer.send(record).map_err(|(error, _)| error)?;
@@ -456,6 +526,7 @@ impl Told {
                 page,
                 views,
                 corrected,
+                ..
             } => {
                 let (start, page) = (time(*start), short(page));
                 if *corrected {

@@ -7,6 +7,8 @@ use anyhow::{Context, Result, ensure};
 use compose::harness::{Example, Finished, Running};
 use compose::{Broker, Service};
 use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
+use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 
 const SOON: Duration = Duration::from_secs(30);
@@ -96,5 +98,29 @@ async fn an_empty_value_is_no_tombstone_and_nonsense_changes_nothing() -> Result
     reader.wait_for("apple = 2", SOON)?;
     reader.interrupt()?;
     reader.wait(SOON)?.ok()?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_was_not_written_is_not_reported_as_filled() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    change(&kafka, ["set", "apple", "1"])?;
+    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    // No record is that small.
+    let topic = ResourceSpecifier::Topic("compacted-table.prices");
+    let limit = AlterConfig::new(topic).set("max.message.bytes", "10");
+    let altered = admin.alter_configs([&limit], &AdminOptions::new()).await?;
+    ensure!(altered.iter().all(Result::is_ok), "{altered:?}");
+    // It is in force a moment later.
+    let deadline = Instant::now() + SOON;
+    while change(&kafka, ["set", "apple", "1"]).is_ok() {
+        ensure!(Instant::now() < deadline, "the limit is not in force");
+    }
+    let ended = table(&kafka).args(["fill", "25000"]).spawn()?.wait(SOON)?;
+    assert_eq!(ended.code(), 1, "{}", ended.stdout);
+    let message = "Error: not all records were written";
+    assert!(ended.stderr.contains(message), "{}", ended.stderr);
     Ok(())
 }

@@ -11,7 +11,7 @@ use rdkafka::message::Headers;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
-use crate::reader::read;
+use crate::reader::{read, send_large};
 
 const SOON: Duration = Duration::from_secs(60);
 const ORDERS: &str = "exactly-once.orders";
@@ -260,6 +260,8 @@ async fn what_is_no_order_is_dead_lettered_once_and_holds_up_nothing() -> Result
         (Some(b"k"), Some(&huge)),
     ];
     produce(&kafka, &bad).await?;
+    let large = send_large(&kafka, ORDERS).await?;
+    let bad: Vec<_> = bad.into_iter().chain([(None, Some(&large[..]))]).collect();
     produce_orders(&kafka, 20..40).await?;
     let mut worker = worker(&kafka)?;
     wait_until_done(&kafka, &mut worker)?;
@@ -268,7 +270,7 @@ async fn what_is_no_order_is_dead_lettered_once_and_holds_up_nothing() -> Result
     check(&kafka, 0..40)?;
     let buried = read(&kafka, DEAD_LETTERS, "read_committed")?;
     assert_eq!(buried.len(), bad.len());
-    for (key, payload) in bad {
+    for (key, payload) in bad.iter().copied() {
         let found = buried
             .iter()
             .find(|record| record.key() == key && record.payload() == payload);
@@ -288,4 +290,20 @@ async fn what_is_no_order_is_dead_lettered_once_and_holds_up_nothing() -> Result
         .collect();
     assert_eq!(aborts.len(), bad.len(), "{lines:?}");
     Ok(())
+}
+
+/// All of it in one transaction would take 20 seconds, and the broker's patience ends after 15.
+#[tokio::test]
+async fn more_work_than_a_transaction_may_take_is_committed_in_parts() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    create_topics(&kafka)?;
+    produce_orders(&kafka, 0..100).await?;
+    let mut worker = Example::new(env!("CARGO_BIN_EXE_kafka_exactly_once"))
+        .env("WORK_MS", "200")
+        .broker(&kafka)
+        .spawn()?;
+    wait_until_done(&kafka, &mut worker)?;
+    worker.interrupt()?;
+    worker.wait(SOON)?.ok()?;
+    check(&kafka, 0..100)
 }

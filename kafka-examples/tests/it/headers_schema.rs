@@ -1,14 +1,20 @@
 //! Nothing that arrives is lost: it is handled, or a dead letter that holds all it came with.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use compose::harness::{Example, Running};
 use compose::{Broker, Service};
+use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
+use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+
+use crate::raw;
+use crate::reader::send_large;
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -146,18 +152,8 @@ async fn without_a_dead_letter_there_is_no_commit() -> Result<()> {
     )
     .await?;
     first.wait_for("offset 0, ", SOON)?;
-    // Nothing fits any more.
-    let admin: rdkafka::admin::AdminClient<rdkafka::client::DefaultClientContext> =
-        ClientConfig::new()
-            .set("bootstrap.servers", kafka.address())
-            .create()?;
-    use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
-    let limit = async |bytes| {
-        let topic = ResourceSpecifier::Topic("schema-events.dlq");
-        let change = AlterConfig::new(topic).set("max.message.bytes", bytes);
-        admin.alter_configs([&change], &AdminOptions::new()).await
-    };
-    limit("100").await?;
+    // Nothing fits any more. What the topic takes before the change is in force is a letter, too.
+    let mut letters = limit(&kafka, "100", true).await?;
     let payload = [b'x'; 500];
     send(&kafka, Some(b"1.0"), None, Some(&payload)).await?;
     let ended = first.wait(SOON)?;
@@ -168,9 +164,63 @@ async fn without_a_dead_letter_there_is_no_commit() -> Result<()> {
         ended.stderr
     );
 
-    limit("1200000").await?;
+    letters += limit(&kafka, "1200000", false).await?;
     let mut second = reader(&kafka)?;
     second.wait_for("offset 1 -> schema-events.dlq", SOON)?;
-    assert_eq!(dead_letters(&kafka, 1)?[0].payload(), Some(&payload[..]));
+    let letters = dead_letters(&kafka, letters + 1)?;
+    let last = letters.last().context("no letter")?;
+    assert_eq!(last.payload(), Some(&payload[..]));
+    Ok(())
+}
+
+/// Alters the limit of the dead letters, and tries until the topic refuses a record of 200 bytes, or takes one. Returns
+/// how many it has taken.
+async fn limit(kafka: &Broker, bytes: &str, refuses: bool) -> Result<usize> {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", kafka.address());
+    let admin: AdminClient<DefaultClientContext> = config.create()?;
+    let topic = ResourceSpecifier::Topic("schema-events.dlq");
+    let change = AlterConfig::new(topic).set("max.message.bytes", bytes);
+    let altered = admin.alter_configs([&change], &AdminOptions::new()).await?;
+    ensure!(altered.iter().all(Result::is_ok), "{altered:?}");
+    let producer: FutureProducer = config.create()?;
+    let deadline = Instant::now() + SOON;
+    let mut taken = 0;
+    loop {
+        ensure!(Instant::now() < deadline, "the limit is not in force");
+        let record = FutureRecord::<[u8], [u8]>::to("schema-events.dlq").payload(&[b'p'; 200]);
+        let refused = match producer.send(record, SOON).await {
+            Ok(_) => {
+                taken += 1;
+                false
+            }
+            Err((KafkaError::MessageProduction(RDKafkaErrorCode::MessageSizeTooLarge), _)) => true,
+            Err((error, _)) => return Err(error.into()),
+        };
+        if refused == refuses {
+            return Ok(taken);
+        }
+    }
+}
+
+#[tokio::test]
+async fn large_events_and_headers_that_cannot_be_read_are_dead_letters() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let mut first = reader(&kafka)?;
+    let large = send_large(&kafka, "schema-events").await?;
+    let headers: [(&[u8], &[u8]); 2] = [(b"\xff", b"?"), (b"schema-version", b"1.0")];
+    let event = br#"{"order_id":"odd","amount":1}"#;
+    raw::produce(&kafka, "schema-events", &headers, event)?;
+    let text = "offset 1 -> schema-events.dlq: the name of a header is not UTF-8";
+    first.wait_for(text, SOON)?;
+    first.interrupt()?;
+    first.wait(SOON)?.ok()?;
+    let letters = dead_letters(&kafka, 2)?;
+    assert!(letters[0].payload() == Some(&large), "it was changed");
+    assert_eq!(letters[1].payload(), Some(&event[..]));
+    // Those that it came with, and two more.
+    let headers = letters[1].headers().context("no headers")?;
+    assert_eq!(headers.count(), 4);
+    assert_eq!(headers.get(1).key, "schema-version");
     Ok(())
 }

@@ -1,12 +1,14 @@
 //! Each payment once in the books, whatever is sent twice and whenever the consumer dies.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use compose::harness::{Example, Running};
 use compose::{Broker, Service};
 use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rusqlite::Connection;
 
@@ -116,10 +118,48 @@ async fn ids_are_bounded_and_what_is_no_payment_is_kept_aside() -> Result<()> {
     assert_eq!(number(&books, "SELECT count(*) FROM seen")?, 5);
     assert_eq!(number(&books, "SELECT sum(payments) FROM balances")?, 22);
     let aside = Connection::open(&books)?;
-    let mut query = aside.prepare("SELECT payload FROM rejected ORDER BY offset")?;
+    let mut query = aside.prepare("SELECT payload FROM no_payments ORDER BY offset")?;
     let kept: Vec<Option<Vec<u8>>> = query
         .query_map([], |row| row.get(0))?
         .collect::<Result<_, _>>()?;
     assert_eq!(kept, bad.map(|payload| payload.map(<[u8]>::to_vec)));
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_a_new_topic_rejects_at_the_same_offset_is_kept_as_well_and_once() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let folder = tempfile::tempdir()?;
+    let books = folder.path().join("books.sqlite");
+    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    let options = AdminOptions::new();
+    let topic = NewTopic::new("idempotent-payments", 1, TopicReplication::Fixed(1));
+    // The second topic is new, the third round reads it again.
+    for (round, kept) in [2, 4, 4].into_iter().enumerate() {
+        if round < 2 {
+            let deadline = Instant::now() + SOON;
+            // It is gone a moment after it was deleted.
+            while admin.create_topics([&topic], &options).await?[0].is_err() {
+                ensure!(Instant::now() < deadline, "the topic stays");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            produce(&kafka, vec![None, Some(b"{}".to_vec()), payment(7)]).await?;
+        }
+        let mut consumer = consumer(&kafka, &books, "100000")?;
+        consumer.wait_for("p-7: ", SOON)?;
+        consumer.interrupt()?;
+        consumer.wait(SOON)?.ok()?;
+        let count = number(&books, "SELECT count(*) FROM no_payments")?;
+        assert_eq!(count, kept, "round {round}");
+        let group = ["idempotent-payments"];
+        let deleted = admin.delete_groups(&group, &options).await?;
+        ensure!(deleted.iter().all(Result::is_ok), "{deleted:?}");
+        if round == 0 {
+            let deleted = admin.delete_topics(&group, &options).await?;
+            ensure!(deleted.iter().all(Result::is_ok), "{deleted:?}");
+        }
+    }
     Ok(())
 }

@@ -142,3 +142,28 @@ async fn what_retention_deleted_unread_is_lost_and_not_lag() -> Result<()> {
     monitor.wait(SOON)?.ok()?;
     Ok(())
 }
+
+#[tokio::test]
+async fn a_partition_without_a_leader_hides_no_other() -> Result<()> {
+    let kafka = Broker::private_cluster(Service::Kafka, 3)?;
+    let topic = NewTopic::new("work", 2, TopicReplication::Variable(&[&[1], &[2]]));
+    admin(&kafka)?
+        .create_topics([&topic], &AdminOptions::new())
+        .await?;
+    produce(&kafka, 0, 5).await?;
+    produce(&kafka, 1, 80).await?;
+    commit(&kafka, 0, 1)?;
+    let mut monitor = monitor(&kafka, &[])?;
+    monitor.wait_for("WARNING: sleepers is 84 behind on work", SOON)?;
+    kafka.kill(2)?;
+    monitor.wait_for("lag of sleepers on work/1 unknown: ", SOON)?;
+    produce(&kafka, 0, 1).await?;
+    monitor.wait_for("sleepers work/0: position 1, end 6, lag 5", SOON)?;
+    monitor.interrupt()?;
+    let ended = monitor.wait(SOON)?.ok()?;
+    // Nor has it recovered.
+    for no in ["recovered", "gone"] {
+        assert!(!ended.stdout.contains(no), "{}", ended.stdout);
+    }
+    Ok(())
+}

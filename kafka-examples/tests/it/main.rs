@@ -15,6 +15,7 @@ mod manual_commit;
 mod parallel_consumer;
 mod pitfall_auto_commit;
 mod pitfall_ordering;
+mod raw;
 mod reader;
 mod rebalance;
 mod reconnect;

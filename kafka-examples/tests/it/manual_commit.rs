@@ -11,6 +11,8 @@ use rdkafka::message::{Headers, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
+use crate::reader::send_large;
+
 const SOON: Duration = Duration::from_secs(30);
 
 type Bytes<'a> = Option<&'a [u8]>;
@@ -104,14 +106,16 @@ async fn whatever_is_no_order_ends_in_the_dead_letter_topic_as_it_was() -> Resul
             .await
             .map_err(|(error, _)| error)?;
     }
-    send(&kafka, &["order-5"])?;
+    let large = send_large(&kafka, "reliable-orders").await?;
+    send(&kafka, &["order-6"])?;
 
     let mut consumer = example(&kafka, &[])?;
-    consumer.wait_for("partition 0 offset 5: committed 6", SOON)?;
+    consumer.wait_for("partition 0 offset 6: committed 7", SOON)?;
     consumer.interrupt()?;
     consumer.wait(SOON)?.ok()?;
-    assert_eq!(committed(&kafka)?[0], 6);
+    assert_eq!(committed(&kafka)?[0], 7);
     let buried = dead_letters(&kafka)?;
+    let bad: Vec<_> = bad.into_iter().chain([(None, Some(&large[..]))]).collect();
     assert_eq!(buried.len(), bad.len());
     for (at, (record, (key, payload))) in (1..).zip(buried.iter().zip(bad)) {
         assert!(

@@ -8,9 +8,27 @@ use compose::Broker;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::OwnedMessage;
+use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
 const SOON: Duration = Duration::from_secs(60);
+
+/// Sends 3,000,000 bytes that are small when the broker sees them, and returns them. Its limit of a megabyte is for
+/// what is compressed.
+pub async fn send_large(kafka: &Broker, topic: &str) -> Result<Vec<u8>> {
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("message.max.bytes", "4000000")
+        .set("compression.type", "lz4")
+        .create()?;
+    let payload = vec![0xff; 3_000_000];
+    let record = FutureRecord::<[u8], [u8]>::to(topic)
+        .partition(0)
+        .payload(&payload);
+    let sent = producer.send(record, SOON).await;
+    sent.map_err(|(error, _)| error)?;
+    Ok(payload)
+}
 
 /// All that a reader with this isolation sees, in the order of each partition.
 pub fn read(kafka: &Broker, topic: &str, isolation: &str) -> Result<Vec<OwnedMessage>> {

@@ -1,6 +1,7 @@
 //! A payment is paid or dead-lettered whatever is killed, holds up nobody, and is replayed once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -8,9 +9,11 @@ use compose::harness::{Example, Running};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
-use rdkafka::message::{Header, Headers, OwnedHeaders};
-use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
+use rdkafka::producer::{BaseProducer, FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+
+use crate::{raw, reader};
 
 const SOON: Duration = Duration::from_secs(30);
 const PAYMENTS: &str = "retry-dlq.payments";
@@ -258,5 +261,122 @@ async fn what_is_no_payment_is_dead_lettered_as_it_came_and_replayed_once() -> R
         assert_eq!(record.header("tenant")?, "acme");
         ensure!(record.header("attempts").is_err(), "history went along");
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_large_payment_and_a_header_that_cannot_be_read_stop_neither_payer_nor_replay()
+-> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let mut running = payer(&kafka)?;
+    let large = reader::send_large(&kafka, PAYMENTS).await?;
+    running.wait_for("attempt 1 failed: not a payment: ", SOON)?;
+    let headers: [(&[u8], &[u8]); 2] = [(b"\xff\xfe", b"?"), (b"tenant", b"acme")];
+    let fine = br#"{"payment_id":"fine"}"#;
+    raw::produce(&kafka, PAYMENTS, &headers, fine)?;
+    running.wait_for("attempt 1 failed: the name of a header is not UTF-8", SOON)?;
+    send(&producer(&kafka)?, PAYMENTS, Some("next"), Some(fine)).await?;
+    running.wait_for("next: paid at attempt 1", SOON)?;
+    running.interrupt()?;
+    running.wait(SOON)?.ok()?;
+
+    // The names that can be read, in their order, and the values of all.
+    let headers = |record: &OwnedMessage| -> Vec<(Option<String>, Vec<u8>)> {
+        let all = record.headers();
+        let count = all.map_or(0, Headers::count);
+        let one = |at| {
+            let one = catch_unwind(AssertUnwindSafe(|| all.map(|all| all.get(at))));
+            let one = one.ok().flatten();
+            let value = one.as_ref().and_then(|one| one.value).unwrap_or_default();
+            (one.as_ref().map(|one| one.key.to_owned()), value.to_vec())
+        };
+        (0..count).map(one).collect()
+    };
+    let is = |one: &(Option<String>, Vec<u8>), key: &str, value: &[u8]| {
+        one.0.as_deref() == Some(key) && one.1 == value
+    };
+    let letters = reader::read(&kafka, DEAD_LETTERS, "read_committed")?;
+    assert_eq!(letters.len(), 2);
+    assert!(
+        letters
+            .iter()
+            .any(|letter| letter.payload() == Some(&large))
+    );
+    let odd = letters.iter().find(|letter| letter.payload() == Some(fine));
+    let odd = headers(odd.context("it was changed")?);
+    assert!(
+        odd[0].0.is_none() && is(&odd[1], "tenant", b"acme"),
+        "{odd:?}"
+    );
+    for (key, value) in [
+        ("origin.topic", PAYMENTS),
+        ("origin.offset", "1"),
+        ("attempts", "1"),
+    ] {
+        let found = odd.iter().any(|one| is(one, key, value.as_bytes()));
+        assert!(found, "no {key} {value}: {odd:?}");
+    }
+
+    // More replays than can be counted.
+    let most: [(&[u8], &[u8]); 1] = [(b"replays", b"4294967295")];
+    raw::produce(&kafka, DEAD_LETTERS, &most, b"most")?;
+    let ended = replay(&kafka)?.wait(SOON)?.ok()?;
+    assert!(
+        ended.stdout.contains("its headers cannot be read"),
+        "{}",
+        ended.stdout
+    );
+    assert!(ended.stdout.ends_with("replayed: 3\n"), "{}", ended.stdout);
+    let replayed = reader::read(&kafka, PAYMENTS, "read_committed")?;
+    let replayed: Vec<_> = replayed
+        .iter()
+        .map(|one| (one.payload(), headers(one)))
+        .collect();
+    for (payload, times) in [(&large[..], "1"), (fine, "1"), (b"most", "4294967295")] {
+        let found = replayed.iter().filter(|(replayed, headers)| {
+            let times = |one: &_| is(one, "replays", times.as_bytes());
+            *replayed == Some(payload) && headers.iter().any(times)
+        });
+        assert_eq!(found.count(), 1, "{times}");
+    }
+    Ok(())
+}
+
+/// A position whose transaction is open is not known, and none is not the beginning.
+#[tokio::test]
+async fn the_letters_are_listed_from_the_position_that_a_killed_replay_leaves() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    payer(&kafka)?.kill()?;
+    let producer = producer(&kafka)?;
+    for _ in 0..3 {
+        send(&producer, DEAD_LETTERS, Some("k"), Some(b"x")).await?;
+    }
+    replay(&kafka)?.wait(SOON)?.ok()?;
+    send(&producer, DEAD_LETTERS, Some("k"), Some(b"x")).await?;
+
+    // In the place of a replay that is killed before its commit.
+    let killed: BaseProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("transactional.id", "killed")
+        .set("transaction.timeout.ms", "10000")
+        .create()?;
+    killed.init_transactions(SOON)?;
+    killed.begin_transaction()?;
+    let member: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("group.id", "retry-dlq.replay")
+        .create()?;
+    let mut positions = TopicPartitionList::new();
+    positions.add_partition_offset(DEAD_LETTERS, 0, Offset::Offset(4))?;
+    let member = member.group_metadata().context("no group")?;
+    killed.send_offsets_to_transaction(&positions, &member, SOON)?;
+
+    let list = Example::new(env!("CARGO_BIN_EXE_kafka_dlq_replay"));
+    let ended = list.broker(&kafka).spawn()?.wait(SOON)?.ok()?;
+    assert!(
+        ended.stdout.ends_with("dead letters: 1\n"),
+        "{}",
+        ended.stdout
+    );
     Ok(())
 }

@@ -6,12 +6,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use compose::harness::{Example, Running};
 use compose::{Broker, Service};
+use rdkafka::admin::{AdminClient, AdminOptions};
+use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
-use crate::reader::read;
+use crate::reader::{read, send_large};
 
 const SOON: Duration = Duration::from_secs(60);
 const VIEWS: &str = "page-views";
@@ -91,16 +93,21 @@ fn expected(views: &[OwnedMessage]) -> Result<Expected> {
     Ok(expected)
 }
 
-/// The last count of each window, and the number of all of them.
+/// The sum of each window over the last counts of all partitions, and the number of all counts.
 fn counts(kafka: &Broker, isolation: &str) -> Result<(BTreeMap<Window, i64>, usize)> {
     let results = read(kafka, COUNTS, isolation)?;
-    let mut counts = BTreeMap::new();
+    let mut last = BTreeMap::new();
     for result in &results {
         let payload = std::str::from_utf8(result.payload().context("empty")?)?;
         let (_, page) = payload.split_once("\"page\":\"").context("no page")?;
         let page = page.split('"').next().unwrap_or_default();
         let window = (page.to_owned(), number(payload, "window_ms")?);
-        counts.insert(window, number(payload, "views")?);
+        // The key is what compaction goes by.
+        last.insert(result.key(), (window, number(payload, "views")?));
+    }
+    let mut counts = BTreeMap::new();
+    for (window, views) in last.into_values() {
+        *counts.entry(window).or_default() += views;
     }
     Ok((counts, results.len()))
 }
@@ -225,7 +232,6 @@ async fn idle_partitions_go_along_bad_views_go_aside_and_a_zombie_is_fenced_off(
         .set("bootstrap.servers", kafka.address())
         .set("message.max.bytes", "2000000")
         .create()?;
-    let page = |page: &str, at: i64| format!(r#"{{"page":"{page}","at_ms":{}}}"#, START + at);
     // Partition 0 has seen only this, and would wait for ever.
     view(&producer, 0, Some(page("/quiet", 1_000).as_bytes())).await?;
     view(&producer, 1, Some(page("/busy", 20_000).as_bytes())).await?;
@@ -279,5 +285,126 @@ async fn idle_partitions_go_along_bad_views_go_aside_and_a_zombie_is_fenced_off(
     let (found, results) = counts(&kafka, "read_committed")?;
     assert_eq!(results, 3);
     assert_eq!(found.values().sum::<i64>(), 4);
+    Ok(())
+}
+
+fn page(page: &str, at: i64) -> String {
+    format!(r#"{{"page":"{page}","at_ms":{}}}"#, START + at)
+}
+
+/// The views, all of them in flight at once.
+async fn views(kafka: &Broker, views: impl IntoIterator<Item = (i32, String)>) -> Result<()> {
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("enable.idempotence", "true")
+        .create()?;
+    let mut reports = Vec::new();
+    for (partition, payload) in views {
+        let record = FutureRecord::<str, str>::to(VIEWS)
+            .partition(partition)
+            .payload(&payload);
+        reports.push(producer.send_result(record).map_err(|(error, _)| error)?);
+    }
+    for report in reports {
+        report.await?.map_err(|(error, _)| error)?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_backlog_is_not_late_and_a_page_in_two_partitions_is_the_sum_of_both() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let mut creator = aggregation(&kafka, "500")?;
+    creator.wait_for("partition 1: from offset 0", SOON)?;
+    creator.interrupt()?;
+    creator.wait(SOON)?.ok()?;
+    // Ten minutes of the same page in both, in order. With five in a transaction, either takes longer than IDLE_MS.
+    let seconds = |partition| (0..600).map(move |second| (partition, page("/both", 1000 * second)));
+    views(&kafka, seconds(0).chain(seconds(1))).await?;
+    let mut running = aggregation(&kafka, "500")?;
+    wait_until_done(&kafka, &mut running)?;
+    running.interrupt()?;
+    running.wait(SOON)?.ok()?;
+    assert_eq!(read(&kafka, REJECTED, "read_committed")?.len(), 0);
+    let (found, results) = counts(&kafka, "read_committed")?;
+    // The last window is open.
+    assert_eq!((found.len(), results), (119, 2 * 119));
+    assert!(found.values().all(|views| *views == 10), "{found:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_deleted_unread_is_reported_and_the_rest_is_counted() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let mut running = aggregation(&kafka, "3600000")?;
+    running.wait_for("partition 1: from offset 0", SOON)?;
+    views(&kafka, (0..3).map(|at| (0, page("/", at)))).await?;
+    wait_until_done(&kafka, &mut running)?;
+    running.interrupt()?;
+    running.wait(SOON)?.ok()?;
+
+    views(&kafka, (3..10).map(|at| (0, page("/", at)))).await?;
+    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    let mut until = TopicPartitionList::new();
+    until.add_partition_offset(VIEWS, 0, Offset::Offset(5))?;
+    let deleted = admin.delete_records(&until, &AdminOptions::new()).await?;
+    deleted.elements()[0].error()?;
+
+    let mut running = aggregation(&kafka, "3600000")?;
+    running.wait_for("partition 0: LOST 2 offsets", SOON)?;
+    running.wait_for("partition 0: from offset 5, 1 windows open", SOON)?;
+    views(&kafka, [(0, page("/", 60_000))]).await?;
+    running.wait_for("window 12:00:00 /: 8 views", SOON)?;
+
+    // Deleted under it while it is frozen, once its last request has been answered.
+    running.pause()?;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    views(&kafka, (0..4).map(|at| (0, page("/", 61_000 + at)))).await?;
+    until.set_partition_offset(VIEWS, 0, Offset::Offset(14))?;
+    let deleted = admin.delete_records(&until, &AdminOptions::new()).await?;
+    deleted.elements()[0].error()?;
+    running.resume()?;
+    running.wait_for("partition 0: LOST 3 offsets", SOON)?;
+    views(&kafka, [(0, page("/", 90_000))]).await?;
+    running.wait_for("window 12:01:00 /: 2 views", SOON)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn pages_beyond_the_bound_and_large_views_are_rejected_and_windows_go_on() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let mut running = aggregation(&kafka, "3600000")?;
+    running.wait_for("partition 1: from offset 0", SOON)?;
+    running.interrupt()?;
+    running.wait(SOON)?.ok()?;
+    let large = send_large(&kafka, VIEWS).await?;
+    // 1000 bytes each, of the kind that JSON makes six of.
+    let long = |number| page(&format!(r"{number:06}{}", r"\u0001".repeat(994)), 1000);
+    views(&kafka, (0..3000).map(|number| (0, long(number)))).await?;
+    views(
+        &kafka,
+        [(0, page("/next", 60_000)), (0, page("/next", 90_000))],
+    )
+    .await?;
+
+    let mut running = Example::new(env!("CARGO_BIN_EXE_kafka_window_aggregation"))
+        .env("BATCH", "500")
+        .broker(&kafka)
+        .spawn()?;
+    running.wait_for("window 12:01:00 /next: 1 views", SOON)?;
+    running.interrupt()?;
+    running.wait(SOON)?.ok()?;
+    let rejected = read(&kafka, REJECTED, "read_committed")?;
+    let is_large = |record: &&OwnedMessage| record.payload() == Some(&large);
+    assert_eq!(rejected.iter().filter(is_large).count(), 1);
+    for record in rejected.iter().filter(|record| !is_large(record)) {
+        let reason = header(record, "reason")?;
+        assert!(reason.starts_with("no room: "), "{reason}");
+    }
+    let (found, _) = counts(&kafka, "read_committed")?;
+    assert_eq!(found.len() + rejected.len(), 3002);
+    assert!(found.len() > 900, "{}", found.len());
     Ok(())
 }
