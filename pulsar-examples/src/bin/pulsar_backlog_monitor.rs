@@ -36,7 +36,7 @@
 //! Try: another namespace as the argument.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650), PULSAR_ADMIN_URL (http://localhost:8080); BACKLOG_THRESHOLD
-//! (1000) per subscription; BACKLOG_INTERVAL (10) in seconds. See also: pulsar_multi_tenant, where a quota acts on it.
+//! (10000) per subscription; BACKLOG_INTERVAL (10) in seconds. See also: pulsar_multi_tenant, where a quota acts on it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
@@ -77,7 +77,7 @@ async fn main() -> anyhow::Result<()> {
     let namespace = std::env::args()
         .nth(1)
         .unwrap_or_else(|| "public/default".into());
-    let threshold = setting("BACKLOG_THRESHOLD", 1000)?;
+    let threshold = setting("BACKLOG_THRESHOLD", 10_000)?;
     let seconds = setting("BACKLOG_INTERVAL", 10)?.max(1);
     let http = reqwest::Client::builder().timeout(PATIENCE).build()?;
     let mut before = read(&http, &admin, &namespace).await?;

@@ -1,6 +1,6 @@
 //! Batches, window and compression: what a producer's settings do to its rate, side by side
 //!
-//! Sends the same orders in six ways and prints for each the rate, the number of entries that the broker stored, and
+//! Sends the same orders in nine ways and prints for each the rate, the number of entries that the broker stored, and
 //! the bytes that one order took. Every receipt is awaited, so each line is a rate of orders that are stored.
 //!
 //! ```console
@@ -10,15 +10,19 @@
 //! single, 1000 in flight        : [..] orders/s, 2000 entries, 10[..] bytes each
 //! batches of 100, 1000 in flight: [..] orders/s, [..] entries, 10[..] bytes each
 //! batches of 1000, 5000 in f.   : [..] orders/s, [..] entries, 10[..] bytes each
+//! the same, of 64 KB at most    : [..] orders/s, [..] entries, 10[..] bytes each
+//! the same, 100 in flight, 10 ms: [..] orders/s, [..] entries, 10[..] bytes each
+//! the same, 100 in flight, 50 ms: [..] orders/s, [..] entries, 10[..] bytes each
 //! the same, LZ4                 : [..] orders/s, [..] entries, [..] bytes each
 //! the same, Zstd                : [..] orders/s, [..] entries, [..] bytes each
 //! ```
 //!
 //! Notice: this client sends one batch of a producer and waits for its receipt before it sends the next. So the size of
 //! a batch, and not the number of sends in flight, bounds the rate. A batch is sent when it has `batch_size` messages
-//! or `batch_byte_size` bytes; only with a `batch_timeout` does it also go after a time. Without one, a part of a batch
-//! stays in the client for ever, and who awaits its receipt does too. `close` throws an unsent batch away: `send_batch`
-//! first. In a batch, the delay of a delayed message is dropped, and the keys no longer steer Key_Shared.
+//! or `batch_byte_size` bytes; only with a `batch_timeout` does it also go after a time. A window that is smaller than
+//! a batch never fills one: then the timeout is the rate. Without one, a part of a batch stays in the client for ever,
+//! and who awaits its receipt does too. `close` throws an unsent batch away: `send_batch` first. In a batch, the delay
+//! of a delayed message is dropped, and the keys no longer steer Key_Shared.
 //!
 //! Try: ORDERS=50000. Take out `batch_timeout` and the `send_batch` before the last receipts: it stands still.
 //!
@@ -37,6 +41,9 @@ use tokio::time::timeout;
 
 const TOPIC: &str = "public/default/batch-orders";
 const PATIENCE: Duration = Duration::from_secs(5);
+/// For the admin interface.
+const ANSWER: Duration = Duration::from_secs(30);
+const MB: usize = 1 << 20;
 /// For a receipt: with a full window, it waits behind all that were sent before.
 const RECEIPT: Duration = Duration::from_secs(60);
 
@@ -55,19 +62,30 @@ async fn main() -> anyhow::Result<()> {
     let lz4 = || Some(Compression::Lz4(CompressionLz4::default()));
     let zstd = || Some(Compression::Zstd(CompressionZstd::default()));
     let ways = [
-        ("single, one at a time         ", 1, 1, None),
-        ("single, 1000 in flight        ", 1, 1000, None),
-        ("batches of 100, 1000 in flight", 100, 1000, None),
-        ("batches of 1000, 5000 in f.   ", 1000, 5000, None),
-        ("the same, LZ4                 ", 1000, 5000, lz4()),
-        ("the same, Zstd                ", 1000, 5000, zstd()),
+        ("single, one at a time         ", 1, MB, 10, 1, None),
+        ("single, 1000 in flight        ", 1, MB, 10, 1000, None),
+        ("batches of 100, 1000 in flight", 100, MB, 10, 1000, None),
+        ("batches of 1000, 5000 in f.   ", 1000, MB, 10, 5000, None),
+        (
+            "the same, of 64 KB at most    ",
+            1000,
+            MB / 16,
+            10,
+            5000,
+            None,
+        ),
+        ("the same, 100 in flight, 10 ms", 1000, MB, 10, 100, None),
+        ("the same, 100 in flight, 50 ms", 1000, MB, 50, 100, None),
+        ("the same, LZ4                 ", 1000, MB, 10, 5000, lz4()),
+        ("the same, Zstd                ", 1000, MB, 10, 5000, zstd()),
     ];
-    for (number, (name, batch, window, compression)) in ways.into_iter().enumerate() {
+    for (number, way) in ways.into_iter().enumerate() {
+        let (name, batch, bytes, millis, window, compression) = way;
         let options = ProducerOptions {
             batch_size: Some(batch),
-            batch_byte_size: Some(1 << 20),
+            batch_byte_size: Some(bytes),
             // Without it, the last part of a batch would never be sent by itself.
-            batch_timeout: (batch > 1).then_some(Duration::from_millis(10)),
+            batch_timeout: (batch > 1).then_some(Duration::from_millis(millis)),
             compression,
             // Otherwise a send fails as soon as a hundred are under way.
             block_queue_if_full: true,
@@ -138,7 +156,10 @@ fn order(number: usize) -> String {
 
 async fn bytes_per_order(admin: &str, topic: &str) -> anyhow::Result<f64> {
     let url = format!("{admin}/admin/v2/persistent/{topic}/stats");
-    let answer = reqwest::get(&url)
+    let answer = reqwest::Client::new()
+        .get(&url)
+        .timeout(ANSWER)
+        .send()
         .await
         .with_context(|| format!("cannot ask {url}"))?;
     let stats: Value = answer.error_for_status()?.json().await?;

@@ -53,6 +53,9 @@ use tokio::time::{sleep, timeout};
 
 const TOPIC: &str = "public/default/compacted-prices";
 const PATIENCE: Duration = Duration::from_secs(5);
+/// For the admin interface.
+const ANSWER: Duration = Duration::from_secs(30);
+const COMPACTION: Duration = Duration::from_secs(300);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -63,7 +66,7 @@ async fn main() -> anyhow::Result<()> {
         std::env::var("PULSAR_ADMIN_URL").unwrap_or_else(|_| "http://localhost:8080".into());
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [] => print_table(&pulsar).await,
+        [] => print_table(&pulsar, &address).await,
         ["set", key, value] => {
             ensure!(!value.is_empty(), "an empty value would delete {key}");
             change(&pulsar, &admin, key, value).await?;
@@ -101,7 +104,10 @@ async fn change(
 async fn keep(admin: &str) -> anyhow::Result<()> {
     let url = format!("{admin}/admin/v2/persistent/{TOPIC}/retention");
     let policy = json!({"retentionTimeInMinutes": -1, "retentionSizeInMB": -1});
-    let request = reqwest::Client::new().post(&url).json(&policy);
+    let request = reqwest::Client::new()
+        .post(&url)
+        .timeout(ANSWER)
+        .json(&policy);
     let answer = request
         .send()
         .await
@@ -116,7 +122,7 @@ async fn keep(admin: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn print_table(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
+async fn print_table(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
     // The earliest position; on the wire it is -1.
     let earliest = MessageIdData {
         ledger_id: u64::MAX,
@@ -144,7 +150,7 @@ async fn print_table(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
         let message = timeout(PATIENCE, reader.try_next())
             .await
             .context("the end is not in sight")??;
-        let message = message.context("lost the connection to the broker")?;
+        let message = message.with_context(|| format!("lost the connection to {address}"))?;
         messages += 1;
         let place = message.message_id();
         at_end = (place.ledger_id as i64, place.entry_id as i64) >= end;
@@ -163,7 +169,7 @@ async fn print_table(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
 }
 
 async fn compact(admin: &str) -> anyhow::Result<()> {
-    let http = reqwest::Client::new();
+    let http = reqwest::Client::builder().timeout(ANSWER).build()?;
     let url = format!("{admin}/admin/v2/persistent/{TOPIC}/compaction");
     let answer = http
         .put(&url)
@@ -176,20 +182,20 @@ async fn compact(admin: &str) -> anyhow::Result<()> {
         status => bail!("cannot compact: {status}: {}", answer.text().await?),
     }
     // It runs in the broker; ask until it is over.
-    loop {
-        let state: Value = http
-            .get(&url)
-            .send()
-            .await?
-            .error_for_status()?
-            .json()
-            .await?;
-        match state["status"].as_str() {
-            Some("SUCCESS") => break,
-            Some("RUNNING") => sleep(Duration::from_millis(100)).await,
-            _ => bail!("the compaction failed: {state}"),
+    let over = async {
+        loop {
+            let answer = http.get(&url).send().await?.error_for_status()?;
+            let state: Value = answer.json().await?;
+            match state["status"].as_str() {
+                Some("SUCCESS") => return Ok(()),
+                Some("RUNNING") => sleep(Duration::from_millis(100)).await,
+                _ => bail!("the compaction failed: {state}"),
+            }
         }
-    }
+    };
+    timeout(COMPACTION, over)
+        .await
+        .with_context(|| format!("not compacted after {COMPACTION:?}; see {url}"))??;
     println!("compacted");
     Ok(())
 }

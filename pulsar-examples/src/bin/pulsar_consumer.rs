@@ -20,11 +20,14 @@
 //!
 //! Notice: a subscription starts at the topic's end unless it is told `Earliest`, and only when it is new: later
 //! consumers go on where it stands. With the type `Exclusive`, this client would not refuse a second consumer but retry
-//! for ever without a word.
+//! for ever without a word. To the broker a batch is one entry, and the ack of one of its messages is the ack of all.
+//! So the ack comes after the last of them; when the program ends before, the whole batch comes again, and one that
+//! holds a message that is no order stays as a whole. Single acks within a batch (`ack_set`) would not spare the
+//! repeats: this client hands out all of a batch that comes again.
 //!
 //! Try: kill -9 this program right after it printed an order; the next run may get that order again. Run it twice and
-//! stop the first: the second takes over. Kill the broker and start it again: the client comes back by itself, or gives
-//! up, at the latest after about a minute, and the program ends with an error.
+//! stop the first: the second takes over. Kill the broker and start it again: the client comes back by itself, or the
+//! program ends with an error, at the latest after about a minute.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_producer.
 
@@ -43,6 +46,8 @@ use tokio::time::{sleep, timeout};
 const TOPIC: &str = "persistent://public/default/orders";
 const SUBSCRIPTION: &str = "order-processor";
 const PATIENCE: Duration = Duration::from_secs(5);
+/// After as long without an order, it asks whether the broker is there.
+const SILENCE: Duration = Duration::from_secs(30);
 
 #[derive(Deserialize)]
 struct Order {
@@ -80,27 +85,30 @@ async fn main() -> anyhow::Result<()> {
     println!("subscribed as {SUBSCRIPTION}; Ctrl-C to stop");
 
     let mut processed = 0;
+    // Whether the batch in hand has a message that is no order.
+    let mut kept = false;
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let message = tokio::select! {
             // Polled first: only then is Ctrl-C ours, also during the first piece of work.
             biased;
             signal = &mut stop => break signal?,
-            // The stream ends when the client has given up reconnecting. To leave the loop then, as for a normal end,
-            // would hide it.
-            message = consumer.try_next() => message?
-                .with_context(|| format!("lost the connection to {address}"))?,
+            message = timeout(SILENCE, consumer.try_next()) => message,
         };
+        let lost = || format!("lost the connection to {address}");
+        let Ok(message) = message else {
+            // Nothing to read, or nobody there? Left alone, a consumer may be silent for ever.
+            let answer = timeout(PATIENCE, consumer.check_connection()).await;
+            answer.with_context(lost)?.with_context(lost)?;
+            continue;
+        };
+        // The stream ends when the client has given up reconnecting. To leave the loop then, as for a normal end, would
+        // hide it.
+        let message = message?.with_context(lost)?;
         // Outside the select: Ctrl-C does not interrupt an order in hand.
-        processed += u32::from(handle(&mut consumer, &message).await?);
+        processed += u32::from(handle(&mut consumer, &message, &mut kept).await?);
     }
-
-    // With a full queue, the close would wait for ever for the client itself. What was fetched ahead is given back.
-    while consumer.next().now_or_never().flatten().is_some() {}
-    // An ack is only queued by `ack`. The answer to the close comes after the acks before it.
-    timeout(PATIENCE, consumer.close())
-        .await
-        .context("the last orders may be delivered again: no answer to the close")??;
+    close(consumer).await?;
     println!("closed; orders processed: {processed}");
     Ok(())
 }
@@ -112,27 +120,72 @@ async fn main() -> anyhow::Result<()> {
 async fn handle(
     consumer: &mut Consumer<Order, TokioExecutor>,
     message: &Message<Order>,
+    kept: &mut bool,
 ) -> anyhow::Result<bool> {
     let place = format!(
         "{}:{}",
         message.message_id().ledger_id,
         message.message_id().entry_id
     );
-    let Order {
-        order_id,
-        user_id,
-        amount,
-    } = match message.deserialize() {
-        Ok(order) => order,
+    let order = match message.deserialize() {
+        Ok(order) => {
+            sleep(Duration::from_millis(100)).await; // the work
+            Some(order)
+        }
         Err(error) => {
             println!("{place} not an order, kept in the backlog: {error}");
-            return Ok(false);
+            *kept = true;
+            None
         }
     };
-    sleep(Duration::from_millis(100)).await; // the work
-    consumer.ack(message).await?;
-    println!("{place} {order_id} of {user_id}, {amount} cents: acknowledged");
-    Ok(true)
+    let state = if !last_of_batch(message) {
+        "done, the ack waits for the last of the batch"
+    } else if std::mem::take(kept) {
+        "done, but its batch is kept"
+    } else {
+        consumer.ack(message).await?;
+        "acknowledged"
+    };
+    if let Some(order) = &order {
+        let Order {
+            order_id,
+            user_id,
+            amount,
+        } = order;
+        println!("{place} {order_id} of {user_id}, {amount} cents: {state}");
+    }
+    Ok(order.is_some())
+}
+
+/// A message that came alone is the last.
+fn last_of_batch(message: &Message<Order>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
+async fn close(mut consumer: Consumer<Order, TokioExecutor>) -> anyhow::Result<()> {
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            // An ack is only queued by `ack`. The answer to the close comes after the acks before it.
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
+        .await
+        .context("the last orders may be delivered again: no answer to the close")??;
+    Ok(())
 }
 
 /// Left alone, the client retries for more than a minute, in silence.

@@ -31,8 +31,9 @@
 //! without a subscription is deleted. So the consumer makes that subscription before it begins. The copies carry the
 //! origin, REAL_TOPIC and ORIGIN_MESSAGE_ID, but no reason. The count is the broker's, in its memory: it begins anew
 //! when the broker restarts or the consumers leave, so the limit is no exact number. A policy of 2 here means two
-//! deliveries: the next redelivery is what goes to the dead-letter topic. On Exclusive and Failover the
-//! broker counts nothing, and the policy never acts.
+//! deliveries: the next redelivery is what goes to the dead-letter topic. On Exclusive and Failover the broker counts
+//! nothing, and the policy never acts. A batch is counted, given back and moved as a whole: a message that fails takes
+//! the good ones with it.
 //!
 //! Try: restart the broker while a message is on its way: it gets more deliveries than two.
 //!
@@ -64,14 +65,14 @@ async fn main() -> anyhow::Result<()> {
     let pulsar = connect(&address).await?;
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [] => consume(&pulsar).await,
+        [] => consume(&pulsar, &address).await,
         ["send", ref messages @ ..] => {
             send(&pulsar, TOPIC, messages).await?;
             println!("stored: {} messages", messages.len());
             Ok(())
         }
-        ["replay"] => replay(&pulsar).await,
-        ["exclusive"] => exclusive(&pulsar).await,
+        ["replay"] => replay(&pulsar, &address).await,
+        ["exclusive"] => exclusive(&pulsar, &address).await,
         _ => bail!("usage: pulsar_dead_letter [send MESSAGE... | replay | exclusive]"),
     }
 }
@@ -120,32 +121,40 @@ async fn subscribe(
     Ok(builder.build().await?)
 }
 
-async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
+async fn consume(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
     // Before anything can be moved there: from now on, the broker keeps dead letters until they are acknowledged.
     close(subscribe(pulsar, DEAD, KEEPER, SubType::Shared).await?).await?;
     let mut consumer = subscribe(pulsar, TOPIC, SUBSCRIPTION, SubType::Shared).await?;
     println!("subscribed; Ctrl-C to stop");
     let mut deliveries: HashMap<Vec<u8>, u32> = HashMap::new();
     let mut done = 0;
+    // Whether a message of the batch in hand has failed.
+    let mut failed = false;
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let message = tokio::select! {
             // Polled first: only then is Ctrl-C ours, also during the first piece of work.
             biased;
             signal = &mut stop => break signal?,
-            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+            message = consumer.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
         let payload = message.deserialize();
         let name = String::from_utf8_lossy(&payload);
         if work(&payload).await {
-            consumer.ack(&message).await?;
             done += 1;
             println!("{name}: done");
         } else {
+            failed = true;
             let count = deliveries.entry(payload.clone()).or_default();
             *count += 1;
             println!("{name}: failed, delivery {count}");
-            consumer.nack(&message).await?;
+        }
+        if !last_of_batch(&message) {
+            continue;
+        }
+        match std::mem::take(&mut failed) {
+            false => consumer.ack(&message).await?,
+            true => consumer.nack(&message).await?,
         }
     }
     close(consumer).await?;
@@ -159,7 +168,7 @@ async fn work(payload: &[u8]) -> bool {
 }
 
 /// Sends dead letters back to where they came from: the copy is stored before the dead letter is acknowledged.
-async fn replay(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
+async fn replay(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
     let mut dead = subscribe(pulsar, DEAD, KEEPER, SubType::Shared).await?;
     let mut producer = pulsar.producer().with_topic(TOPIC).build().await?;
     println!("replaying; Ctrl-C to stop");
@@ -168,32 +177,35 @@ async fn replay(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
     loop {
         let letter = tokio::select! {
             signal = &mut stop => break signal?,
-            letter = dead.try_next() => letter?.context("lost the connection to the broker")?,
+            letter = dead.try_next() => letter?.with_context(|| format!("lost the connection to {address}"))?,
         };
-        let property = |name| {
-            let mut all = letter.metadata().properties.iter();
-            all.find(|property| property.key == name)
-                .map_or("?", |property| property.value.as_str())
-        };
+        let metadata = letter.metadata();
+        let all = metadata.properties.iter();
+        let mut properties: HashMap<String, String> = all
+            .map(|property| (property.key.clone(), property.value.clone()))
+            .collect();
+        // The moving adds the origin only where there is none: left in, it would name the first one for ever.
+        let mut take = |name| properties.remove(name).unwrap_or_else(|| "?".into());
+        let (origin, topic) = (take("ORIGIN_MESSAGE_ID"), take("REAL_TOPIC"));
+        properties.insert("REPLAYED".into(), origin.clone());
         let copy = pulsar::producer::Message {
             payload: letter.payload.data.clone(),
-            partition_key: letter.key(),
-            // The moving adds the origin only where there is none: left in, it would name the first one for ever.
-            properties: [(
-                "REPLAYED".to_owned(),
-                property("ORIGIN_MESSAGE_ID").to_owned(),
-            )]
-            .into(),
+            properties,
+            partition_key: metadata.partition_key.clone(),
+            partition_key_b64_encoded: metadata.partition_key_b64_encoded,
+            ordering_key: metadata.ordering_key.clone(),
+            event_time: metadata.event_time,
             ..Default::default()
         };
         let receipt = producer.send_non_blocking(copy).await?;
         timeout(PATIENCE, receipt)
             .await
             .context("no receipt: the dead letter is kept")??;
-        dead.ack(&letter).await?;
+        if last_of_batch(&letter) {
+            dead.ack(&letter).await?;
+        }
         sent += 1;
         let name = String::from_utf8_lossy(&letter.payload.data);
-        let (origin, topic) = (property("ORIGIN_MESSAGE_ID"), property("REAL_TOPIC"));
         println!("{name}, once {origin} of {topic}: sent back");
     }
     close(dead).await?;
@@ -202,14 +214,14 @@ async fn replay(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
 }
 
 /// The same policy where it does nothing.
-async fn exclusive(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
+async fn exclusive(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
     let mut consumer = subscribe(pulsar, EXCLUSIVE_TOPIC, SUBSCRIPTION, SubType::Exclusive).await?;
     send(pulsar, EXCLUSIVE_TOPIC, &["broken-1"]).await?;
     for delivery in 1..=10 {
         let message = timeout(PATIENCE, consumer.try_next())
             .await
             .with_context(|| format!("no delivery {delivery}"))??
-            .context("lost the connection to the broker")?;
+            .with_context(|| format!("lost the connection to {address}"))?;
         if delivery < 10 {
             consumer.nack(&message).await?;
         } else {
@@ -221,10 +233,32 @@ async fn exclusive(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+/// To the broker a batch is one entry, and the ack of one of its messages is the ack of all: only the last may be
+/// acknowledged. A message that came alone is the last.
+fn last_of_batch<T>(message: &pulsar::consumer::Message<T>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
 async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
-    while consumer.next().now_or_never().flatten().is_some() {}
-    timeout(PATIENCE, consumer.close())
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
         .await
         .context("the last acks may not have arrived: no answer to the close")??;
     Ok(())

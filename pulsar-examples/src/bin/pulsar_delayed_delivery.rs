@@ -49,9 +49,9 @@ async fn main() -> anyhow::Result<()> {
         std::env::var("PULSAR_ADDRESS").unwrap_or_else(|_| "pulsar://localhost:6650".into());
     let pulsar = connect(&address).await?;
     match std::env::args().nth(1).as_deref() {
-        None => consume(&pulsar).await,
+        None => consume(&pulsar, &address).await,
         Some("send") => send(&pulsar).await,
-        Some("exclusive") => exclusive(&pulsar).await,
+        Some("exclusive") => exclusive(&pulsar, &address).await,
         Some(_) => bail!("usage: pulsar_delayed_delivery [send | exclusive]"),
     }
 }
@@ -96,7 +96,7 @@ async fn subscribe(
     Ok(builder.build().await?)
 }
 
-async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
+async fn consume(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
     let mut consumer = subscribe(pulsar, TOPIC, SubType::Shared).await?;
     println!("subscribed; Ctrl-C to stop");
     let mut count = 0;
@@ -106,19 +106,26 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
             // Polled first: only then is Ctrl-C ours, also during the first piece of work.
             biased;
             signal = &mut stop => break signal?,
-            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+            message = consumer.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
         let name = String::from_utf8_lossy(&message.payload.data);
         match message.metadata().deliver_at_time {
             Some(due) => {
-                // At most a tick: longer delays are the broker's.
-                let early = u64::try_from(due - now()?).unwrap_or_default();
-                sleep(Duration::from_millis(early)).await;
-                println!("{name}: {} ms after its time", now()? - due);
+                // At most a tick: longer delays are the broker's, unless somebody has switched them off there.
+                let early = u64::try_from(due.saturating_sub(now()?)).unwrap_or_default();
+                tokio::select! {
+                    biased;
+                    // The close gives it back.
+                    signal = &mut stop => break signal?,
+                    _ = sleep(Duration::from_millis(early)) => {}
+                }
+                println!("{name}: {} ms after its time", now()?.saturating_sub(due));
             }
             None => println!("{name}: not delayed"),
         }
-        consumer.ack(&message).await?;
+        if last_of_batch(&message) {
+            consumer.ack(&message).await?;
+        }
         count += 1;
     }
     close(consumer).await?;
@@ -133,7 +140,7 @@ fn now() -> anyhow::Result<i64> {
 }
 
 /// The same on a subscription that knows no delays.
-async fn exclusive(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
+async fn exclusive(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
     let topic = format!("{TOPIC}-exclusive");
     let mut consumer = subscribe(pulsar, &topic, SubType::Exclusive).await?;
     let mut producer = pulsar
@@ -151,7 +158,7 @@ async fn exclusive(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
     let message = timeout(PATIENCE, consumer.try_next())
         .await
         .context("nothing came")??;
-    let message = message.context("lost the connection to the broker")?;
+    let message = message.with_context(|| format!("lost the connection to {address}"))?;
     let due = message
         .metadata()
         .deliver_at_time
@@ -164,10 +171,32 @@ async fn exclusive(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
     close(consumer).await
 }
 
-/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+/// To the broker a batch is one entry, and the ack of one of its messages is the ack of all: only the last may be
+/// acknowledged. A message that came alone is the last.
+fn last_of_batch<T>(message: &pulsar::consumer::Message<T>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
 async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
-    while consumer.next().now_or_never().flatten().is_some() {}
-    timeout(PATIENCE, consumer.close())
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
         .await
         .context("the last acks may not have arrived: no answer to the close")??;
     Ok(())

@@ -63,9 +63,9 @@ async fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["send", count] => send(&pulsar, count.parse().context("N is the number of orders")?).await,
-        [] => consume(&pulsar, "consumer", false).await,
-        [name] => consume(&pulsar, name, false).await,
-        [name, "wait"] => consume(&pulsar, name, true).await,
+        [] => consume(&pulsar, &address, "consumer", false).await,
+        [name] => consume(&pulsar, &address, name, false).await,
+        [name, "wait"] => consume(&pulsar, &address, name, true).await,
         _ => bail!("usage: pulsar_exclusive [NAME [wait]] | send N"),
     }
 }
@@ -100,7 +100,12 @@ async fn send(pulsar: &Pulsar<TokioExecutor>, count: u32) -> anyhow::Result<()> 
     Ok(())
 }
 
-async fn consume(pulsar: &Pulsar<TokioExecutor>, name: &str, wait: bool) -> anyhow::Result<()> {
+async fn consume(
+    pulsar: &Pulsar<TokioExecutor>,
+    address: &str,
+    name: &str,
+    wait: bool,
+) -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     let mut said = false;
     let mut consumer = loop {
@@ -123,10 +128,12 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>, name: &str, wait: bool) -> anyh
     loop {
         let message = tokio::select! {
             signal = &mut stop => break signal?,
-            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+            message = consumer.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
         sleep(Duration::from_millis(20)).await; // the work
-        consumer.ack(&message).await?;
+        if last_of_batch(&message) {
+            consumer.ack(&message).await?;
+        }
         println!(
             "{name}: {}",
             String::from_utf8_lossy(&message.deserialize())
@@ -168,10 +175,32 @@ fn taken(error: &Error) -> bool {
     }
 }
 
-/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+/// To the broker a batch is one entry, and the ack of one of its messages is the ack of all: only the last may be
+/// acknowledged. A message that came alone is the last.
+fn last_of_batch<T>(message: &pulsar::consumer::Message<T>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
 async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
-    while consumer.next().now_or_never().flatten().is_some() {}
-    timeout(PATIENCE, consumer.close())
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
         .await
         .context("the last acks may not have arrived: no answer to the close")??;
     Ok(())

@@ -57,6 +57,8 @@ const NAMESPACE: &str = "geo/orders";
 const TOPIC: &str = "persistent://geo/orders/orders";
 const SUBSCRIPTION: &str = "geo-reader";
 const PATIENCE: Duration = Duration::from_secs(5);
+/// For the admin interface.
+const ANSWER: Duration = Duration::from_secs(30);
 
 /// Where one of the clusters is.
 struct Cluster {
@@ -96,7 +98,7 @@ async fn main() -> anyhow::Result<()> {
                 admin,
             };
             replicate(&first_cluster, &second_cluster).await?;
-            consume(&second, &second_cluster.name).await
+            consume(&second, &second_cluster.address, &second_cluster.name).await
         }
         _ => bail!("usage: pulsar_geo_replication [send N]"),
     }
@@ -104,7 +106,10 @@ async fn main() -> anyhow::Result<()> {
 
 async fn cluster_name(admin: &str) -> anyhow::Result<String> {
     let url = format!("{admin}/admin/v2/brokers/configuration/runtime");
-    let answer = reqwest::get(&url)
+    let answer = reqwest::Client::new()
+        .get(&url)
+        .timeout(ANSWER)
+        .send()
         .await
         .with_context(|| format!("cannot ask {url}"))?;
     let settings: Value = answer.error_for_status()?.json().await?;
@@ -170,7 +175,10 @@ async fn ask(
     body: &Value,
 ) -> anyhow::Result<StatusCode> {
     let url = format!("{}/admin/v2/{path}", cluster.admin);
-    let request = reqwest::Client::new().request(method, &url).json(body);
+    let request = reqwest::Client::new()
+        .request(method, &url)
+        .timeout(ANSWER)
+        .json(body);
     let answer = request
         .send()
         .await
@@ -213,7 +221,11 @@ async fn send(pulsar: &Pulsar<TokioExecutor>, cluster: &str, count: u32) -> anyh
     Ok(())
 }
 
-async fn consume(pulsar: &Pulsar<TokioExecutor>, cluster: &str) -> anyhow::Result<()> {
+async fn consume(
+    pulsar: &Pulsar<TokioExecutor>,
+    address: &str,
+    cluster: &str,
+) -> anyhow::Result<()> {
     let options = ConsumerOptions::default()
         .with_initial_position(InitialPosition::Earliest)
         .with_receiver_queue_size(20);
@@ -235,9 +247,11 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>, cluster: &str) -> anyhow::Resul
             // Polled first: only then is Ctrl-C ours, also during the first piece of work.
             biased;
             signal = &mut stop => break signal?,
-            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+            message = consumer.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
-        consumer.ack(&message).await?;
+        if last_of_batch(&message) {
+            consumer.ack(&message).await?;
+        }
         let origin = message
             .metadata()
             .replicated_from
@@ -255,10 +269,32 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>, cluster: &str) -> anyhow::Resul
     Ok(())
 }
 
-/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+/// To the broker a batch is one entry, and the ack of one of its messages is the ack of all: only the last may be
+/// acknowledged. A message that came alone is the last.
+fn last_of_batch<T>(message: &pulsar::consumer::Message<T>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
 async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
-    while consumer.next().now_or_never().flatten().is_some() {}
-    timeout(PATIENCE, consumer.close())
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
         .await
         .context("the last acks may not have arrived: no answer to the close")??;
     Ok(())

@@ -30,8 +30,9 @@
 //! Notice: this client numbers a producer's messages from 0, every time, and cannot be told otherwise. So a name
 //! stands for one list of payments that begins at its beginning, here a day's; a service that keeps its name over a
 //! restart, with deduplication on, would have its first new messages dropped, and receipts for them. The receipt of a
-//! dropped message has no place: its ledger is -1. Without batches: their number would be the batch's. `again`
-//! sends under a new name, as another program would: only the consumer can know those.
+//! dropped message has no place: its ledger is -1. Without batches: their number would be the batch's. A batch of
+//! somebody else is acknowledged after its last payment, and may come whole again: the ids know. `again` sends under a
+//! new name, as another program would: only the consumer can know those.
 //!
 //! Try: kill -9 `send monday 5000` and repeat it; kill -9 the consumer at any moment: the sum is right. IDS_KEPT=2 and
 //! `again`: forgotten ids are paid again.
@@ -54,6 +55,8 @@ const TOPIC: &str = "public/default/idempotent-payments";
 const SUBSCRIPTION: &str = "idempotent-payments";
 const LARGEST: u64 = 1_000_000_000;
 const PATIENCE: Duration = Duration::from_secs(5);
+/// For the admin interface.
+const ANSWER: Duration = Duration::from_secs(30);
 /// For a receipt: it waits behind all that were sent before.
 const RECEIPT: Duration = Duration::from_secs(60);
 
@@ -83,7 +86,7 @@ async fn main() -> anyhow::Result<()> {
         std::env::var("PULSAR_ADMIN_URL").unwrap_or_else(|_| "http://localhost:8080".into());
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [] => consume(&pulsar).await,
+        [] => consume(&pulsar, &address).await,
         [mode @ ("send" | "again"), list, count] => {
             let count = count.parse().context("N is the number of payments")?;
             let moment = SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros();
@@ -107,7 +110,10 @@ async fn deduplicate(pulsar: &Pulsar<TokioExecutor>, admin: &str) -> anyhow::Res
         .await?;
     any.close().await?;
     let url = format!("{admin}/admin/v2/persistent/{TOPIC}/deduplicationEnabled");
-    let request = reqwest::Client::new().post(&url).json(&true);
+    let request = reqwest::Client::new()
+        .post(&url)
+        .timeout(ANSWER)
+        .json(&true);
     let answer = request
         .send()
         .await
@@ -125,9 +131,10 @@ async fn deduplicate(pulsar: &Pulsar<TokioExecutor>, admin: &str) -> anyhow::Res
 /// The policy takes a moment to reach the topic; until then, nothing is dropped. In force it shows as a cursor.
 async fn await_deduplication(admin: &str) -> anyhow::Result<()> {
     let url = format!("{admin}/admin/v2/persistent/{TOPIC}/internalStats");
+    let http = reqwest::Client::builder().timeout(ANSWER).build()?;
     let in_force = async {
         loop {
-            let stats = reqwest::get(&url).await?.error_for_status()?;
+            let stats = http.get(&url).send().await?.error_for_status()?;
             if stats.text().await?.contains("pulsar.dedup") {
                 return anyhow::Ok(());
             }
@@ -190,7 +197,7 @@ async fn send(
     Ok(())
 }
 
-async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
+async fn consume(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
     let path = std::env::var("PAYMENTS_DB").unwrap_or_else(|_| "payments.sqlite".into());
     let kept = match std::env::var("IDS_KEPT") {
         Ok(kept) => kept.parse().context("IDS_KEPT is a number of ids")?,
@@ -223,14 +230,16 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
             // Polled first: only then is Ctrl-C ours, also during the first piece of work.
             biased;
             signal = &mut stop => break signal?,
-            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+            message = consumer.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
         // SQLite blocks, for a write to the disk; this gives other tasks their thread.
         println!(
             "{}",
             tokio::task::block_in_place(|| apply(&mut books, &message, kept.max(1)))?
         );
-        consumer.ack(&message).await?;
+        if last_of_batch(&message) {
+            consumer.ack(&message).await?;
+        }
     }
     if let Err(error) = close(consumer).await {
         // Nothing is wrong with the books: they will know what comes again.
@@ -305,10 +314,32 @@ fn pay(books: &Connection, payment: &Payment, kept: i64) -> rusqlite::Result<Str
     ))
 }
 
-/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+/// To the broker a batch is one entry, and the ack of one of its messages is the ack of all: only the last may be
+/// acknowledged. A message that came alone is the last.
+fn last_of_batch<T>(message: &pulsar::consumer::Message<T>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
 async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
-    while consumer.next().now_or_never().flatten().is_some() {}
-    timeout(PATIENCE, consumer.close())
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
         .await
         .context("the last acks may not have arrived: no answer to the close")??;
     Ok(())

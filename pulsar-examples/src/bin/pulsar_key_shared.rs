@@ -26,8 +26,10 @@
 //! ```
 //!
 //! Notice: the messages must not be batched. This client batches whatever comes together, of all keys, the broker sees
-//! one entry without a key, and the order per key is gone without an error. A message without a key goes anywhere. One
-//! that is acknowledged out of turn is passed: the broker keeps the order of deliveries, not that of your tasks.
+//! one entry without a key, and the order per key is gone without an error. A Java producer may batch by key; such a
+//! batch goes to one consumer as a whole, and is acknowledged after its last message. A message without a key goes
+//! anywhere. One that is acknowledged out of turn is passed: the broker keeps the order of deliveries, not that of your
+//! tasks.
 //!
 //! Try: kill -9 one of them in the middle of `send 400`, and look at a single user's orders.
 //!
@@ -55,8 +57,8 @@ async fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["send", count] => send(&pulsar, count.parse().context("N is the number of orders")?).await,
-        [] => consume(&pulsar, "consumer").await,
-        [name] => consume(&pulsar, name).await,
+        [] => consume(&pulsar, &address, "consumer").await,
+        [name] => consume(&pulsar, &address, name).await,
         _ => bail!("usage: pulsar_key_shared [NAME] | send N"),
     }
 }
@@ -91,7 +93,7 @@ async fn send(pulsar: &Pulsar<TokioExecutor>, count: u32) -> anyhow::Result<()> 
     Ok(())
 }
 
-async fn consume(pulsar: &Pulsar<TokioExecutor>, name: &str) -> anyhow::Result<()> {
+async fn consume(pulsar: &Pulsar<TokioExecutor>, address: &str, name: &str) -> anyhow::Result<()> {
     let options = ConsumerOptions::default()
         .with_initial_position(InitialPosition::Earliest)
         .with_receiver_queue_size(20);
@@ -115,10 +117,12 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>, name: &str) -> anyhow::Result<(
             // Polled first: only then is Ctrl-C ours, also during the first piece of work.
             biased;
             signal = &mut stop => break signal?,
-            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+            message = consumer.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
         sleep(Duration::from_millis(20)).await; // the work
-        consumer.ack(&message).await?;
+        if last_of_batch(&message) {
+            consumer.ack(&message).await?;
+        }
         let user = message.key().unwrap_or_else(|| "nobody".into());
         println!(
             "{name}: {user} {}",
@@ -131,10 +135,32 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>, name: &str) -> anyhow::Result<(
     Ok(())
 }
 
-/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+/// To the broker a batch is one entry, and the ack of one of its messages is the ack of all: only the last may be
+/// acknowledged. A message that came alone is the last.
+fn last_of_batch<T>(message: &pulsar::consumer::Message<T>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
 async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
-    while consumer.next().now_or_never().flatten().is_some() {}
-    timeout(PATIENCE, consumer.close())
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
         .await
         .context("the last acks may not have arrived: no answer to the close")??;
     Ok(())

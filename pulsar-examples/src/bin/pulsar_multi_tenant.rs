@@ -50,7 +50,7 @@ async fn main() -> anyhow::Result<()> {
     let admin =
         std::env::var("PULSAR_ADMIN_URL").unwrap_or_else(|_| "http://localhost:8080".into());
     let admin = Admin {
-        http: reqwest::Client::new(),
+        http: reqwest::Client::builder().timeout(SOON).build()?,
         url: admin,
     };
     admin.set_up().await?;
@@ -58,7 +58,7 @@ async fn main() -> anyhow::Result<()> {
     let run = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
     retention(&pulsar, &admin, &format!("retention-{run}")).await?;
     time_to_live(&pulsar, &admin, &format!("ttl-{run}")).await?;
-    backlog_quota(&pulsar, &format!("quota-{run}")).await
+    backlog_quota(&pulsar, &address, &format!("quota-{run}")).await
 }
 
 struct Admin {
@@ -218,7 +218,11 @@ async fn time_to_live(
 }
 
 /// More than 10 KB unread, and no new producer is let in.
-async fn backlog_quota(pulsar: &Pulsar<TokioExecutor>, topic: &str) -> anyhow::Result<()> {
+async fn backlog_quota(
+    pulsar: &Pulsar<TokioExecutor>,
+    address: &str,
+    topic: &str,
+) -> anyhow::Result<()> {
     let topic = format!("{LAB}/bounded/{topic}");
     let mut consumer = subscribe(pulsar, &topic).await?;
     send(pulsar, &topic, 20).await?;
@@ -230,7 +234,7 @@ async fn backlog_quota(pulsar: &Pulsar<TokioExecutor>, topic: &str) -> anyhow::R
         let message = timeout(PATIENCE, consumer.try_next())
             .await
             .context("nothing more to read")??;
-        let message = message.context("lost the connection to the broker")?;
+        let message = message.with_context(|| format!("lost the connection to {address}"))?;
         consumer.ack(&message).await?;
     }
     // The answer to the close comes after the acks before it.

@@ -22,7 +22,7 @@
 //! Notice: this client gives a message back at once and the broker delivers it at once, so a job that fails at once
 //! would be in a hot loop; the delay before `nack` is the example's own. The broker counts the redeliveries, but the
 //! client does not show the count, so the attempts are counted here and forgotten with the process. In a batch, the
-//! negative ack of one message brings back all of them.
+//! negative ack of one message brings back all of them, and none is acknowledged before all are done.
 //!
 //! Try: send `broken-1`, which always fails, and stop: it is still in the backlog. After how many attempts a job should
 //! be put aside is the subject of pulsar_dead_letter.
@@ -54,7 +54,7 @@ async fn main() -> anyhow::Result<()> {
     let pulsar = connect(&address).await?;
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.split_first() {
-        None => consume(&pulsar).await,
+        None => consume(&pulsar, &address).await,
         Some((first, jobs)) if first == "send" => send(&pulsar, jobs).await,
         Some(_) => bail!("usage: pulsar_negative_ack [send JOB...]"),
     }
@@ -73,7 +73,7 @@ async fn send(pulsar: &Pulsar<TokioExecutor>, jobs: &[String]) -> anyhow::Result
     Ok(())
 }
 
-async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
+async fn consume(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
     let options = ConsumerOptions::default()
         .with_initial_position(InitialPosition::Earliest)
         .with_receiver_queue_size(20);
@@ -92,6 +92,8 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
     let mut attempts: HashMap<(u64, u64), u32> = HashMap::new();
     let mut waiting = FuturesUnordered::new();
     let mut done = 0;
+    // Whether a job of the batch in hand has failed: then the others of it come again, too.
+    let mut failed = false;
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let message = tokio::select! {
@@ -102,18 +104,21 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
                 consumer.nack_with_id(TOPIC, id).await?;
                 continue;
             }
-            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+            message = consumer.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
         let id = message.message_id().clone();
         let place = (id.ledger_id, id.entry_id);
         let attempt = attempts.get(&place).map_or(1, |before| before + 1);
         let job = String::from_utf8_lossy(&message.payload.data);
         if work(&job, attempt).await {
-            consumer.ack(&message).await?;
-            attempts.remove(&place);
+            if last_of_batch(&message) && !std::mem::take(&mut failed) {
+                consumer.ack(&message).await?;
+                attempts.remove(&place);
+            }
             done += 1;
             println!("{job}: done at attempt {attempt}");
         } else {
+            failed = !last_of_batch(&message);
             attempts.insert(place, attempt);
             let delay = FIRST_DELAY
                 .saturating_mul(2_u32.saturating_pow(attempt - 1))
@@ -144,10 +149,32 @@ async fn work(job: &str, attempt: u32) -> bool {
     }
 }
 
-/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+/// To the broker a batch is one entry, and the ack of one of its messages is the ack of all: only the last may be
+/// acknowledged. A message that came alone is the last.
+fn last_of_batch<T>(message: &pulsar::consumer::Message<T>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
 async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
-    while consumer.next().now_or_never().flatten().is_some() {}
-    timeout(PATIENCE, consumer.close())
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
         .await
         .context("the last acks may not have arrived: no answer to the close")??;
     Ok(())

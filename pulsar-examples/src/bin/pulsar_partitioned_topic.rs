@@ -23,7 +23,8 @@
 //! Notice: by its defaults this client ignores the keys of messages, and deals them out in turn: a routing policy has
 //! to be set. Its own hashes in another way than the Java client's default, so that two programs would send one key to
 //! two partitions; the policy here chooses as Java does. And a consumer of this client stays with the partitions that
-//! were there when it began: when partitions are added, start the consumers anew, before the producers.
+//! were there when it began: when partitions are added, start the consumers anew, before the producers. When the broker
+//! stays away, a consumer of several topics is silent: this one asks after a silence, and ends with an error.
 //!
 //! Try: a second consumer, `ben`: each has some of the partitions. Kill -9 one of them.
 //!
@@ -40,7 +41,10 @@ use futures::{FutureExt, StreamExt, TryStreamExt};
 use pulsar::consumer::InitialPosition;
 use pulsar::producer::Message;
 use pulsar::routing_policy::{CustomRoutingPolicy, RoutingPolicy};
-use pulsar::{Consumer, ConsumerOptions, ProducerOptions, Pulsar, SubType, TokioExecutor};
+use pulsar::{
+    ConnectionRetryOptions, Consumer, ConsumerOptions, ProducerOptions, Pulsar, SubType,
+    TokioExecutor,
+};
 use reqwest::StatusCode;
 use tokio::time::{sleep, timeout};
 
@@ -48,6 +52,8 @@ const TOPIC: &str = "public/default/partitioned-orders";
 const PARTITIONS: u32 = 3;
 const SUBSCRIPTION: &str = "partitioned-worker";
 const PATIENCE: Duration = Duration::from_secs(5);
+/// For the admin interface.
+const ANSWER: Duration = Duration::from_secs(30);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -60,8 +66,8 @@ async fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["send", count] => send(&pulsar, count.parse().context("N is the number of orders")?).await,
-        [] => consume(&pulsar, "consumer").await,
-        [name] => consume(&pulsar, name).await,
+        [] => consume(&pulsar, &address, "consumer").await,
+        [name] => consume(&pulsar, &address, name).await,
         _ => bail!("usage: pulsar_partitioned_topic [NAME] | send N"),
     }
 }
@@ -69,7 +75,10 @@ async fn main() -> anyhow::Result<()> {
 /// A topic that a producer brings about has no partitions.
 async fn create_topic(admin: &str) -> anyhow::Result<()> {
     let url = format!("{admin}/admin/v2/persistent/{TOPIC}/partitions");
-    let request = reqwest::Client::new().put(&url).json(&PARTITIONS);
+    let request = reqwest::Client::new()
+        .put(&url)
+        .timeout(ANSWER)
+        .json(&PARTITIONS);
     let answer = request
         .send()
         .await
@@ -129,7 +138,7 @@ async fn send(pulsar: &Pulsar<TokioExecutor>, count: u32) -> anyhow::Result<()> 
     Ok(())
 }
 
-async fn consume(pulsar: &Pulsar<TokioExecutor>, name: &str) -> anyhow::Result<()> {
+async fn consume(pulsar: &Pulsar<TokioExecutor>, address: &str, name: &str) -> anyhow::Result<()> {
     let options = ConsumerOptions::default()
         .with_initial_position(InitialPosition::Earliest)
         .with_receiver_queue_size(20);
@@ -141,8 +150,9 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>, name: &str) -> anyhow::Result<(
         .with_consumer_name(name)
         // How many the client asks for at a time. Kept below its queue, or acks wait behind messages.
         .with_batch_size(10)
-        // A partition whose connection is lost is taken up again after this time.
-        .with_topic_refresh(Duration::from_secs(1))
+        // A partition whose connection is lost is taken up again after this time. Each time throws away an attempt that
+        // is under way, and others would wait for it for ever: longer than all attempts of `connect` together.
+        .with_topic_refresh(Duration::from_secs(10))
         .with_options(options)
         .build()
         .await?;
@@ -158,10 +168,18 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>, name: &str) -> anyhow::Result<(
             // Polled first: only then is Ctrl-C ours, also during the first piece of work.
             biased;
             signal = &mut stop => break signal?,
-            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+            message = timeout(PATIENCE, consumer.try_next()) => match message {
+                Ok(message) => message?.with_context(|| format!("lost the connection to {address}"))?,
+                Err(_) => {
+                    ask(&mut consumer, address).await?;
+                    continue;
+                }
+            },
         };
         sleep(Duration::from_millis(20)).await; // the work
-        consumer.ack(&message).await?;
+        if last_of_batch(&message) {
+            consumer.ack(&message).await?;
+        }
         let partition = message.topic.rsplit('-').next().unwrap_or_default();
         let user = message.key().unwrap_or_else(|| "nobody".into());
         let order = message.deserialize();
@@ -176,10 +194,39 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>, name: &str) -> anyhow::Result<(
     Ok(())
 }
 
-/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+/// Nothing to read, or nobody there? A consumer of several topics never ends its stream.
+async fn ask(consumer: &mut Consumer<Vec<u8>, TokioExecutor>, address: &str) -> anyhow::Result<()> {
+    let lost = || format!("lost the connection to {address}");
+    let answer = timeout(PATIENCE, consumer.check_connection()).await;
+    answer.with_context(lost)?.with_context(lost)
+}
+
+/// To the broker a batch is one entry, and the ack of one of its messages is the ack of all: only the last may be
+/// acknowledged. A message that came alone is the last.
+fn last_of_batch<T>(message: &pulsar::consumer::Message<T>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
 async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
-    while consumer.next().now_or_never().flatten().is_some() {}
-    timeout(PATIENCE, consumer.close())
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
         .await
         .context("the last acks may not have arrived: no answer to the close")??;
     Ok(())
@@ -187,9 +234,19 @@ async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result
 
 /// Left alone, the client retries for more than a minute, in silence.
 async fn connect(address: &str) -> anyhow::Result<Pulsar<TokioExecutor>> {
-    let client = Pulsar::builder(address, TokioExecutor).build();
-    let connected = timeout(PATIENCE, client).await;
-    Ok(connected.with_context(|| {
-        format!("no Pulsar broker answers at {address}; `cargo lab up pulsar` starts one")
-    })??)
+    let connections = ConnectionRetryOptions {
+        max_retries: 2,
+        connection_timeout: Duration::from_secs(2),
+        ..ConnectionRetryOptions::default()
+    };
+    let client = Pulsar::builder(address, TokioExecutor)
+        .with_connection_retry_options(connections)
+        .build();
+    timeout(PATIENCE, client)
+        .await
+        .context("the connection takes too long")
+        .and_then(|connected| Ok(connected?))
+        .with_context(|| {
+            format!("no Pulsar broker answers at {address}; `cargo lab up pulsar` starts one")
+        })
 }

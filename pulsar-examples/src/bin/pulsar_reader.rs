@@ -42,6 +42,8 @@ use tokio::time::timeout;
 
 const TOPIC: &str = "public/default/reader-colours";
 const PATIENCE: Duration = Duration::from_secs(5);
+/// For the admin interface.
+const ANSWER: Duration = Duration::from_secs(30);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -54,8 +56,8 @@ async fn main() -> anyhow::Result<()> {
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["send", ref colours @ ..] => send(&pulsar, &admin, colours).await,
         // On the wire, these two are -1 and the largest number.
-        [] | ["earliest"] => read(&pulsar, id(u64::MAX, u64::MAX)).await,
-        ["latest"] => read(&pulsar, id(i64::MAX as u64, i64::MAX as u64)).await,
+        [] | ["earliest"] => read(&pulsar, &address, id(u64::MAX, u64::MAX)).await,
+        ["latest"] => read(&pulsar, &address, id(i64::MAX as u64, i64::MAX as u64)).await,
         [place] => {
             let usage = "usage: pulsar_reader [earliest | latest | LEDGER:ENTRY | send COLOUR...]";
             let (ledger, entry) = place.split_once(':').context(usage)?;
@@ -65,7 +67,7 @@ async fn main() -> anyhow::Result<()> {
             );
             // "At" the message instead of "after" it.
             from.batch_index = Some(0);
-            read(&pulsar, from).await
+            read(&pulsar, &address, from).await
         }
         _ => bail!("at most one place to begin at"),
     }
@@ -100,7 +102,10 @@ async fn send(pulsar: &Pulsar<TokioExecutor>, admin: &str, colours: &[&str]) -> 
 async fn keep(admin: &str) -> anyhow::Result<()> {
     let url = format!("{admin}/admin/v2/persistent/{TOPIC}/retention");
     let policy = json!({"retentionTimeInMinutes": -1, "retentionSizeInMB": -1});
-    let request = reqwest::Client::new().post(&url).json(&policy);
+    let request = reqwest::Client::new()
+        .post(&url)
+        .timeout(ANSWER)
+        .json(&policy);
     let answer = request
         .send()
         .await
@@ -115,7 +120,11 @@ async fn keep(admin: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn read(pulsar: &Pulsar<TokioExecutor>, from: MessageIdData) -> anyhow::Result<()> {
+async fn read(
+    pulsar: &Pulsar<TokioExecutor>,
+    address: &str,
+    from: MessageIdData,
+) -> anyhow::Result<()> {
     let options = ConsumerOptions::default().starting_on_message(from);
     let mut reader: Reader<Vec<u8>, _> = pulsar
         .reader()
@@ -139,7 +148,7 @@ async fn read(pulsar: &Pulsar<TokioExecutor>, from: MessageIdData) -> anyhow::Re
             // Polled first: only then is Ctrl-C ours, also during the first piece of work.
             biased;
             signal = &mut stop => break signal?,
-            message = reader.try_next() => message?.context("lost the connection to the broker")?,
+            message = reader.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
         let place = message.message_id();
         let place = (place.ledger_id as i64, place.entry_id as i64);

@@ -32,7 +32,8 @@
 //! that takes that for a normal end has stopped without an error. One that waits for an answer that will never come
 //! says nothing at all, hence the question after each silence. A client is not repaired but replaced: an attempt
 //! to connect that is cancelled leaves the next ones waiting for it. `send` and `ack` take `&mut self`, so each side is
-//! one task, and others talk to it through a channel.
+//! one task, and others talk to it through a channel. Each run has a subscription of its own, and takes it away at its
+//! end; one that is killed leaves it behind, and with it a backlog that grows (pulsar_backlog_monitor).
 //!
 //! Try: `cargo lab pause pulsar`: the connections stay, nothing answers. It takes the keep-alive and its timeout to
 //! notice.
@@ -40,6 +41,7 @@
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_producer, pulsar_consumer.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail, ensure};
@@ -50,11 +52,13 @@ use pulsar::{
     ConnectionRetryOptions, Consumer, ConsumerOptions, OperationRetryOptions, Producer,
     ProducerOptions, Pulsar, SubType, TokioExecutor,
 };
+use tokio::sync::Notify;
 use tokio::sync::mpsc::{Receiver, Sender, UnboundedSender, channel, unbounded_channel};
 use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
 const TOPIC: &str = "persistent://public/default/reconnect-ticks";
-const SUBSCRIPTION: &str = "reconnect-ticks";
+/// Followed by the run's name: a subscription that two runs share gives each a part of the ticks.
+const SUBSCRIPTION: &str = "reconnect-ticks-";
 const TICK: Duration = Duration::from_millis(100);
 /// How many may be without a receipt. More wait in the channel, and then the sender does.
 const WINDOW: usize = 500;
@@ -71,10 +75,13 @@ async fn main() -> anyhow::Result<()> {
     let address =
         std::env::var("PULSAR_ADDRESS").unwrap_or_else(|_| "pulsar://localhost:6650".into());
     // A broker that was never there is a mistake to be told; one that goes is not.
-    connect(&address).await?;
+    let pulsar = connect(&address).await?;
     // Tells our ticks from those of a run before or beside this one.
     let started = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
-    let run = format!("{}-{started} ", std::process::id());
+    let run = format!("{}-{started}", std::process::id());
+    // Before the first tick: from now on, the broker keeps them for us.
+    subscribe(&pulsar, &run).await?.close().await?;
+    drop(pulsar);
     let (ticks, to_send) = channel(1000);
     let (events, mut happened) = unbounded_channel();
     let producer = tokio::spawn(produce(
@@ -83,12 +90,20 @@ async fn main() -> anyhow::Result<()> {
         to_send,
         events.clone(),
     ));
-    let consumer = tokio::spawn(consume(address, events));
+    let ended = Arc::new(Notify::new());
+    let consumer = consume(address, run.clone(), events, ended.clone());
+    let mut consumer = tokio::spawn(consumer);
 
     let mut tally = Tally::default();
     tally.run(&run, &ticks, &mut happened).await?;
     producer.abort();
-    consumer.abort();
+    ended.notify_one();
+    if timeout(2 * PATIENCE, &mut consumer).await.is_err() {
+        consumer.abort();
+        eprintln!(
+            "the subscription {SUBSCRIPTION}{run} is still there, and holds all ticks to come"
+        );
+    }
     tally.report()
 }
 
@@ -134,7 +149,10 @@ impl Tally {
                     }
                     Event::Received(payload) => {
                         // Others are of another run.
-                        let Some(tick) = payload.strip_prefix(run) else { continue };
+                        let Some((of, tick)) = payload.split_once(' ') else { continue };
+                        if of != run {
+                            continue;
+                        }
                         println!("received: tick {tick}");
                         match tick.parse() {
                             Ok(tick) if tick < self.attempted => *self.delivered.entry(tick).or_default() += 1,
@@ -237,45 +255,65 @@ async fn send(
     run: &str,
     tick: u32,
 ) -> anyhow::Result<pulsar::producer::SendFuture> {
-    let sent = producer.send_non_blocking(format!("{run}{tick}"));
+    let sent = producer.send_non_blocking(format!("{run} {tick}"));
     Ok(timeout(PATIENCE, sent)
         .await
         .context("the client takes nothing")??)
 }
 
-/// The consuming side: owns its client.
-async fn consume(address: String, events: UnboundedSender<Event>) {
-    loop {
-        if let Err(error) = receive_all(&address, &events).await {
-            println!("consumer: made anew, {error:#}");
-        }
+/// The consuming side: owns its client. At the end it takes the subscription away.
+async fn consume(address: String, run: String, events: UnboundedSender<Event>, ended: Arc<Notify>) {
+    while let Err(error) = receive_all(&address, &run, &events, &ended).await {
+        println!("consumer: made anew, {error:#}");
         sleep(PAUSE).await;
     }
 }
 
-async fn receive_all(address: &str, events: &UnboundedSender<Event>) -> anyhow::Result<()> {
-    let pulsar = connect(address).await?;
+async fn subscribe(
+    pulsar: &Pulsar<TokioExecutor>,
+    run: &str,
+) -> anyhow::Result<Consumer<Vec<u8>, TokioExecutor>> {
     let options = ConsumerOptions::default()
         .with_initial_position(InitialPosition::Earliest)
         .with_receiver_queue_size(200);
     let builder = pulsar
         .consumer()
         .with_topic(TOPIC)
-        .with_subscription(SUBSCRIPTION)
+        .with_subscription(format!("{SUBSCRIPTION}{run}"))
         .with_subscription_type(SubType::Failover)
         // How many the client asks for at a time. Kept below its queue, or acks wait behind messages.
         .with_batch_size(100)
         .with_options(options);
-    let mut consumer: Consumer<Vec<u8>, _> = timeout(PATIENCE, builder.build())
+    Ok(timeout(PATIENCE, builder.build())
         .await
-        .context("no consumer in time")??;
+        .context("no consumer in time")??)
+}
+
+async fn receive_all(
+    address: &str,
+    run: &str,
+    events: &UnboundedSender<Event>,
+    ended: &Notify,
+) -> anyhow::Result<()> {
+    let pulsar = connect(address).await?;
+    let mut consumer = subscribe(&pulsar, run).await?;
     println!("consumer: back");
     loop {
-        match timeout(PATIENCE, consumer.next()).await {
+        let message = tokio::select! {
+            _ = ended.notified() => {
+                if let Err(error) = timeout(PATIENCE, consumer.unsubscribe()).await? {
+                    eprintln!("the subscription of {run} is still there: {error}");
+                }
+                return Ok(());
+            }
+            message = timeout(PATIENCE, consumer.next()) => message,
+        };
+        match message {
             Ok(message) => {
                 let message = message.context("its stream has ended")??;
                 let payload = String::from_utf8_lossy(&message.payload.data).into_owned();
                 let _ = events.send(Event::Received(payload)); // nobody listens at the end
+                // Our producer makes no batches; of one, only the last may be acknowledged. See pulsar_consumer.
                 consumer.ack(&message).await?;
             }
             // Nothing to read, or nobody there? Left alone, a consumer may be silent for ever.

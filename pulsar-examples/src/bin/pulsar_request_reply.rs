@@ -20,9 +20,9 @@
 //! ```
 //!
 //! Notice: the asker subscribes to its reply topic before it asks, or the answer would be gone before it listens. A
-//! question without an answer in time may or may not have been worked on. The server answers only to topics with
-//! the agreed prefix: a message could name any. One producer per reply topic is kept: to make one for each answer, as
-//! `Pulsar::send` invites to, does not scale.
+//! question without an answer in time may or may not have been worked on. The server answers only to topics with the
+//! agreed prefix and a plain name: a message could name any. A place that takes no answer costs it five seconds. One
+//! producer per reply topic is kept: to make one for each answer, as `Pulsar::send` invites to, does not scale.
 //!
 //! Try: ask with no server there: it gives up after five seconds, and a server that starts later works on the stored
 //! question all the same; its answer goes nowhere.
@@ -53,8 +53,8 @@ async fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => bail!("usage: pulsar_request_reply serve | QUESTION..."),
-        ["serve"] => serve(&pulsar).await,
-        ref questions => ask(&pulsar, questions).await,
+        ["serve"] => serve(&pulsar, &address).await,
+        ref questions => ask(&pulsar, &address, questions).await,
     }
 }
 
@@ -77,7 +77,11 @@ async fn subscribe(
     Ok(builder.build().await?)
 }
 
-async fn ask(pulsar: &Pulsar<TokioExecutor>, questions: &[&str]) -> anyhow::Result<()> {
+async fn ask(
+    pulsar: &Pulsar<TokioExecutor>,
+    address: &str,
+    questions: &[&str],
+) -> anyhow::Result<()> {
     let started = SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros();
     let reply_to = format!("{REPLIES}{}-{started}", std::process::id());
     let mut replies = subscribe(pulsar, &reply_to, SubType::Exclusive).await?;
@@ -99,7 +103,7 @@ async fn ask(pulsar: &Pulsar<TokioExecutor>, questions: &[&str]) -> anyhow::Resu
     let mut limit = pin!(sleep(PATIENCE));
     while !open.is_empty() {
         let reply = tokio::select! {
-            reply = replies.try_next() => reply?.context("lost the connection to the broker")?,
+            reply = replies.try_next() => reply?.with_context(|| format!("lost the connection to {address}"))?,
             _ = &mut limit => break,
         };
         replies.ack(&reply).await?;
@@ -119,7 +123,7 @@ async fn ask(pulsar: &Pulsar<TokioExecutor>, questions: &[&str]) -> anyhow::Resu
     Ok(())
 }
 
-async fn serve(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
+async fn serve(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
     let mut requests = subscribe(pulsar, REQUESTS, SubType::Shared).await?;
     let mut producer = pulsar.producer().build_multi_topic();
     println!("serving; Ctrl-C to stop");
@@ -130,10 +134,10 @@ async fn serve(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
             // Polled first: only then is Ctrl-C ours, also during the first piece of work.
             biased;
             signal = &mut stop => break signal?,
-            request = requests.try_next() => request?.context("lost the connection to the broker")?,
+            request = requests.try_next() => request?.with_context(|| format!("lost the connection to {address}"))?,
         };
         let question = String::from_utf8_lossy(&request.payload.data);
-        let reply_to = property(&request, "reply_to").filter(|topic| topic.starts_with(REPLIES));
+        let reply_to = property(&request, "reply_to").filter(|topic| agreed(topic));
         match (reply_to, property(&request, "correlation_id")) {
             (Some(topic), Some(id)) => {
                 let reply = pulsar::producer::Message {
@@ -145,21 +149,42 @@ async fn serve(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
                 if producer.topics().len() >= MOST_ASKERS {
                     producer = pulsar.producer().build_multi_topic();
                 }
-                let receipt = producer.send_non_blocking(topic, reply).await?;
-                timeout(PATIENCE, receipt)
+                // Left alone, the client tries for ever to get a producer.
+                let sent = async { Ok(producer.send_non_blocking(topic, reply).await?.await?) };
+                match timeout(PATIENCE, sent)
                     .await
-                    .context("no receipt; the question is kept")??;
-                answered += 1;
-                println!("{question}: answered");
+                    .context("no receipt")
+                    .and_then(|sent| sent)
+                {
+                    Ok(_) => {
+                        answered += 1;
+                        println!("{question}: answered");
+                    }
+                    // Nobody waits for it any longer, and the next time it would fail again.
+                    Err(error) => {
+                        println!("{question}: not answered: {error:#}");
+                        producer = pulsar.producer().build_multi_topic();
+                    }
+                }
             }
             // It will not have a place for an answer the next time either.
             _ => println!("{question}: dropped, it does not say where to answer"),
         }
-        requests.ack(&request).await?;
+        if last_of_batch(&request) {
+            requests.ack(&request).await?;
+        }
     }
     close(requests).await?;
     println!("closed; answered: {answered}");
     Ok(())
+}
+
+/// A topic of an asker: the prefix, and a name that cannot lead to anywhere else.
+fn agreed(topic: &str) -> bool {
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || letter == '-';
+    topic
+        .strip_prefix(REPLIES)
+        .is_some_and(|name| !name.is_empty() && name.chars().all(plain))
 }
 
 fn answer(question: &str) -> String {
@@ -175,10 +200,32 @@ fn property<'a>(message: &'a pulsar::consumer::Message<Vec<u8>>, name: &str) -> 
         .map(|property| property.value.as_str())
 }
 
-/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+/// To the broker a batch is one entry, and the ack of one of its messages is the ack of all: only the last may be
+/// acknowledged. A message that came alone is the last.
+fn last_of_batch<T>(message: &pulsar::consumer::Message<T>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
 async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
-    while consumer.next().now_or_never().flatten().is_some() {}
-    timeout(PATIENCE, consumer.close())
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
         .await
         .context("the last acks may not have arrived: no answer to the close")??;
     Ok(())

@@ -1,8 +1,8 @@
 //! Retry with backoff: failed orders wait in a retry topic, and the hopeless ones end as dead letters with their cause
 //!
-//! An order that fails is copied to a retry topic, to be delivered after 100 ms, 200 ms, 400 ms and so on; after five
-//! attempts it goes to a dead-letter topic. The original is acknowledged only when the copy is stored: at least once,
-//! and a crash in between makes a second copy. Other orders flow meanwhile.
+//! An order that fails is copied to a retry topic, to be delivered after 100 ms, 200 ms, 400 ms and so on, each a
+//! little longer by chance; after five attempts it goes to a dead-letter topic. The original is acknowledged only when
+//! the copy is stored: at least once, and a crash in between makes a second copy. Other orders flow meanwhile.
 //!
 //! ```console
 //! 1$ cargo lab run pulsar_retry_backoff
@@ -11,8 +11,8 @@
 //! stored: 3 messages
 //! 1:
 //! order-1: done at attempt 1
-//! flaky-2: attempt 1 failed, again in 100 ms: the bank does not answer
-//! broken-3: attempt 1 failed, again in 100 ms: no such account
+//! flaky-2: attempt 1 failed, again in 1[..] ms: the bank does not answer
+//! broken-3: attempt 1 failed, again in 1[..] ms: no such account
 //! ...
 //! broken-3: attempt 5 failed, now a dead letter: no such account
 //! 1^C
@@ -29,11 +29,12 @@
 //! before its time: left to it, the first three retries would not wait at all. So the worker waits for the rest.
 //!
 //! Try: kill -9 it in the middle of many flaky orders: each is done in the end, some twice. SIGKILL the broker and
-//! restart it: what waits is stored.
+//! restart it: what waits is stored. The worker ends with an error when the broker stays away; start it again.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_dead_letter, pulsar_delayed_delivery.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 use std::pin::pin;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -41,7 +42,9 @@ use anyhow::{Context, bail};
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use pulsar::consumer::{InitialPosition, Message};
-use pulsar::{Consumer, ConsumerOptions, Producer, Pulsar, SubType, TokioExecutor};
+use pulsar::{
+    ConnectionRetryOptions, Consumer, ConsumerOptions, Producer, Pulsar, SubType, TokioExecutor,
+};
 use tokio::time::{sleep, timeout};
 
 const TOPIC: &str = "persistent://public/default/retry-orders";
@@ -61,9 +64,9 @@ async fn main() -> anyhow::Result<()> {
     let pulsar = connect(&address).await?;
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [] => consume(&pulsar).await,
+        [] => consume(&pulsar, &address).await,
         ["send", ref messages @ ..] => send(&pulsar, messages).await,
-        ["dead"] => dead_letters(&pulsar).await,
+        ["dead"] => dead_letters(&pulsar, &address).await,
         _ => bail!("usage: pulsar_retry_backoff [send MESSAGE... | dead]"),
     }
 }
@@ -97,8 +100,9 @@ async fn subscribe(
         .with_subscription_type(SubType::Shared)
         // How many the client asks for at a time. Kept below its queue, or acks wait behind messages.
         .with_batch_size(10)
-        // A topic whose connection is lost is taken up again after this time.
-        .with_topic_refresh(Duration::from_secs(1))
+        // A topic whose connection is lost is taken up again after this time. Each time throws away an attempt that is
+        // under way, and others would wait for it for ever: longer than all attempts of `connect` together.
+        .with_topic_refresh(Duration::from_secs(10))
         .with_options(options);
     Ok(builder.build().await?)
 }
@@ -109,7 +113,7 @@ struct Worker {
     dead: Producer<TokioExecutor>,
 }
 
-async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
+async fn consume(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
     // Before anything can be moved there: a topic without a subscription keeps nothing.
     close(subscribe(pulsar, &[DEAD], KEEPER).await?).await?;
     let mut worker = Worker {
@@ -127,7 +131,13 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
             biased;
             signal = &mut stop => break signal?,
             Some(message) = waiting.next() => message,
-            message = worker.consumer.try_next() => message?.context("lost the connection to the broker")?,
+            message = timeout(PATIENCE, worker.consumer.try_next()) => match message {
+                Ok(message) => message?.with_context(|| format!("lost the connection to {address}"))?,
+                Err(_) => {
+                    ask(&mut worker.consumer, address).await?;
+                    continue;
+                }
+            },
         };
         let early = early(&message)?;
         if !early.is_zero() {
@@ -147,6 +157,13 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
     close(worker.consumer).await?;
     println!("closed; done {done}, retried {retried}, dead {dead}");
     Ok(())
+}
+
+/// Nothing to read, or nobody there? A consumer of several topics never ends its stream.
+async fn ask(consumer: &mut Consumer<Vec<u8>, TokioExecutor>, address: &str) -> anyhow::Result<()> {
+    let lost = || format!("lost the connection to {address}");
+    let answer = timeout(PATIENCE, consumer.check_connection()).await;
+    answer.with_context(lost)?.with_context(lost)
 }
 
 enum Outcome {
@@ -169,9 +186,7 @@ impl Worker {
                 Outcome::Done
             }
             Err(cause) if attempt < ATTEMPTS => {
-                let delay = FIRST_DELAY
-                    .saturating_mul(2_u32.saturating_pow(before))
-                    .min(LONGEST_DELAY);
+                let delay = delay(before);
                 pass_on(&mut self.retry, message, attempt, cause, Some(delay)).await?;
                 println!(
                     "{name}: attempt {attempt} failed, again in {} ms: {cause}",
@@ -186,7 +201,9 @@ impl Worker {
             }
         };
         // Done, or in safe hands.
-        self.consumer.ack(message).await?;
+        if last_of_batch(message) {
+            self.consumer.ack(message).await?;
+        }
         Ok(outcome)
     }
 }
@@ -200,6 +217,15 @@ async fn work(name: &str, attempt: u32) -> Result<(), &'static str> {
         Some("broken") => Err("no such account"),
         _ => Err("not an order"),
     }
+}
+
+/// Doubled with each attempt. Up to a fifth is added, by chance: all that failed together would come back together.
+fn delay(before: u32) -> Duration {
+    let delay = FIRST_DELAY
+        .saturating_mul(2_u32.saturating_pow(before))
+        .min(LONGEST_DELAY);
+    let percent = RandomState::new().hash_one(before) % 21;
+    delay.mul_f64(1.0 + percent as f64 / 100.0)
 }
 
 /// Returns when the broker has stored the copy.
@@ -230,6 +256,8 @@ async fn pass_on(
         payload: message.payload.data.clone(),
         partition_key: message.metadata().partition_key.clone(),
         partition_key_b64_encoded: message.metadata().partition_key_b64_encoded,
+        ordering_key: message.metadata().ordering_key.clone(),
+        event_time: message.metadata().event_time,
         properties,
         deliver_at_time: due.transpose()?,
         ..Default::default()
@@ -256,29 +284,53 @@ fn early(message: &Message<Vec<u8>>) -> anyhow::Result<Duration> {
 }
 
 /// Shows what has been given up, and takes it away.
-async fn dead_letters(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
+async fn dead_letters(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
     let mut consumer = subscribe(pulsar, &[DEAD], KEEPER).await?;
     println!("dead letters; Ctrl-C to stop");
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let message = tokio::select! {
             signal = &mut stop => break signal?,
-            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+            message = consumer.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
         let name = String::from_utf8_lossy(&message.payload.data);
         let known = |name| property(&message, name).unwrap_or("unknown");
         let (cause, attempts) = (known("CAUSE"), known("RECONSUMETIMES"));
         let (origin, topic) = (known("ORIGIN_MESSAGE_ID"), known("REAL_TOPIC"));
         println!("{name}: {cause}, after {attempts} attempts, once {origin} of {topic}");
-        consumer.ack(&message).await?;
+        if last_of_batch(&message) {
+            consumer.ack(&message).await?;
+        }
     }
     close(consumer).await
 }
 
-/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+/// To the broker a batch is one entry, and the ack of one of its messages is the ack of all: only the last may be
+/// acknowledged. A message that came alone is the last.
+fn last_of_batch<T>(message: &pulsar::consumer::Message<T>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
 async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
-    while consumer.next().now_or_never().flatten().is_some() {}
-    timeout(PATIENCE, consumer.close())
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
         .await
         .context("the last acks may not have arrived: no answer to the close")??;
     Ok(())
@@ -286,9 +338,19 @@ async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result
 
 /// Left alone, the client retries for more than a minute, in silence.
 async fn connect(address: &str) -> anyhow::Result<Pulsar<TokioExecutor>> {
-    let client = Pulsar::builder(address, TokioExecutor).build();
-    let connected = timeout(PATIENCE, client).await;
-    Ok(connected.with_context(|| {
-        format!("no Pulsar broker answers at {address}; `cargo lab up pulsar` starts one")
-    })??)
+    let connections = ConnectionRetryOptions {
+        max_retries: 2,
+        connection_timeout: Duration::from_secs(2),
+        ..ConnectionRetryOptions::default()
+    };
+    let client = Pulsar::builder(address, TokioExecutor)
+        .with_connection_retry_options(connections)
+        .build();
+    timeout(PATIENCE, client)
+        .await
+        .context("the connection takes too long")
+        .and_then(|connected| Ok(connected?))
+        .with_context(|| {
+            format!("no Pulsar broker answers at {address}; `cargo lab up pulsar` starts one")
+        })
 }

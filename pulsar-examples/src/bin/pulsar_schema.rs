@@ -48,6 +48,8 @@ const NAMESPACE: &str = "public/schema-example";
 const TOPIC: &str = "persistent://public/schema-example/orders";
 const SUBSCRIPTION: &str = "schema-reader";
 const PATIENCE: Duration = Duration::from_secs(5);
+/// For the admin interface.
+const ANSWER: Duration = Duration::from_secs(30);
 
 const V1: &str = r#"{"type": "record", "name": "Order", "fields": [
     {"name": "order_id", "type": "string"},
@@ -83,7 +85,7 @@ async fn main() -> anyhow::Result<()> {
     set_up(&admin).await?;
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [] => consume(&pulsar).await,
+        [] => consume(&pulsar, &address).await,
         ["send", "v1"] => {
             send(
                 &pulsar,
@@ -114,7 +116,9 @@ async fn set_up(admin: &str) -> anyhow::Result<()> {
         (strategy, Some(json!("BACKWARD"))),
     ] {
         let url = format!("{admin}/admin/v2/{path}");
-        let mut request = reqwest::Client::new().request(Method::PUT, &url);
+        let mut request = reqwest::Client::new()
+            .request(Method::PUT, &url)
+            .timeout(ANSWER);
         if let Some(body) = &body {
             request = request.json(body);
         }
@@ -167,7 +171,7 @@ async fn send(
     Ok(())
 }
 
-async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
+async fn consume(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
     // Without a schema of its own, so that it may start before any producer has brought one.
     let options = ConsumerOptions::default()
         .with_initial_position(InitialPosition::Earliest)
@@ -184,13 +188,14 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
         .await?;
     println!("subscribed; Ctrl-C to stop");
     let mut orders = 0;
+    let mut kept = false;
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let message = tokio::select! {
             // Polled first: only then is Ctrl-C ours, also during the first piece of work.
             biased;
             signal = &mut stop => break signal?,
-            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+            message = consumer.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
         let version = match message
             .metadata()
@@ -208,11 +213,16 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
                 currency,
             }) => {
                 orders += 1;
-                consumer.ack(&message).await?;
                 println!("{order_id}: {cents} {currency}, {version}");
             }
-            // Left without an ack, it stays in the backlog.
-            Err(error) => println!("not an order, kept in the backlog ({version}): {error}"),
+            Err(error) => {
+                kept = true;
+                println!("not an order, kept in the backlog ({version}): {error}");
+            }
+        }
+        // Left without an ack, it stays in the backlog, and with it the batch that it came in.
+        if last_of_batch(&message) && !std::mem::take(&mut kept) {
+            consumer.ack(&message).await?;
         }
     }
     close(consumer).await?;
@@ -220,10 +230,32 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+/// To the broker a batch is one entry, and the ack of one of its messages is the ack of all: only the last may be
+/// acknowledged. A message that came alone is the last.
+fn last_of_batch<T>(message: &pulsar::consumer::Message<T>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
 async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
-    while consumer.next().now_or_never().flatten().is_some() {}
-    timeout(PATIENCE, consumer.close())
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
         .await
         .context("the last acks may not have arrived: no answer to the close")??;
     Ok(())

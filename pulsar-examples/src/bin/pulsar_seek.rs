@@ -51,6 +51,8 @@ use tokio::time::timeout;
 const TOPIC: &str = "public/default/seek-colours";
 const SUBSCRIPTION: &str = "seek-painter";
 const PATIENCE: Duration = Duration::from_secs(5);
+/// For the admin interface.
+const ANSWER: Duration = Duration::from_secs(30);
 const USAGE: &str = "usage: pulsar_seek read [COUNT] | to earliest | to LEDGER:ENTRY | ago SECONDS | send COLOUR...";
 
 #[tokio::main]
@@ -63,8 +65,8 @@ async fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["send", ref colours @ ..] => send(&pulsar, &admin, colours).await,
-        [] | ["read"] => read(&pulsar, None).await,
-        ["read", count] => read(&pulsar, Some(count.parse().context(USAGE)?)).await,
+        [] | ["read"] => read(&pulsar, &address, None).await,
+        ["read", count] => read(&pulsar, &address, Some(count.parse().context(USAGE)?)).await,
         // On the wire, this is -1.
         ["to", "earliest"] => seek(&pulsar, Some(id(u64::MAX, u64::MAX)), None).await,
         ["to", place] => {
@@ -116,7 +118,10 @@ async fn send(pulsar: &Pulsar<TokioExecutor>, admin: &str, colours: &[&str]) -> 
 async fn keep(admin: &str) -> anyhow::Result<()> {
     let url = format!("{admin}/admin/v2/persistent/{TOPIC}/retention");
     let policy = json!({"retentionTimeInMinutes": -1, "retentionSizeInMB": -1});
-    let request = reqwest::Client::new().post(&url).json(&policy);
+    let request = reqwest::Client::new()
+        .post(&url)
+        .timeout(ANSWER)
+        .json(&policy);
     let answer = request
         .send()
         .await
@@ -162,7 +167,11 @@ async fn seek(
     Ok(())
 }
 
-async fn read(pulsar: &Pulsar<TokioExecutor>, count: Option<u32>) -> anyhow::Result<()> {
+async fn read(
+    pulsar: &Pulsar<TokioExecutor>,
+    address: &str,
+    count: Option<u32>,
+) -> anyhow::Result<()> {
     let mut consumer = subscribe(pulsar).await?;
     let mut stop = pin!(tokio::signal::ctrl_c());
     let mut read = 0;
@@ -171,9 +180,11 @@ async fn read(pulsar: &Pulsar<TokioExecutor>, count: Option<u32>) -> anyhow::Res
             // Polled first: only then is Ctrl-C ours, also during the first piece of work.
             biased;
             signal = &mut stop => { signal?; break }
-            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+            message = consumer.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
-        consumer.ack(&message).await?;
+        if last_of_batch(&message) {
+            consumer.ack(&message).await?;
+        }
         let place = message.message_id();
         let colour = message.deserialize();
         println!(
@@ -187,10 +198,32 @@ async fn read(pulsar: &Pulsar<TokioExecutor>, count: Option<u32>) -> anyhow::Res
     close(consumer).await
 }
 
-/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+/// To the broker a batch is one entry, and the ack of one of its messages is the ack of all: only the last may be
+/// acknowledged. A message that came alone is the last.
+fn last_of_batch<T>(message: &pulsar::consumer::Message<T>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
 async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
-    while consumer.next().now_or_never().flatten().is_some() {}
-    timeout(PATIENCE, consumer.close())
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
         .await
         .context("the last acks may not have arrived: no answer to the close")??;
     Ok(())

@@ -42,7 +42,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use metrics::{Unit, counter, describe_counter, describe_histogram, histogram};
 use metrics_exporter_prometheus::PrometheusBuilder;
@@ -74,6 +74,8 @@ const BUCKETS: [f64; 14] = [
     0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
 ];
 const PATIENCE: Duration = Duration::from_secs(5);
+/// What a message says is to be doubted: one number could hold up all behind it.
+const LONGEST_WORK_MS: u64 = 10_000;
 
 #[derive(Serialize, Deserialize)]
 struct Order {
@@ -89,7 +91,7 @@ async fn main() -> anyhow::Result<()> {
     let pulsar = connect(&address).await?;
     let traces = start_tracing()?;
     let ended = match std::env::args().nth(1).as_deref() {
-        None => consume(&pulsar).await,
+        None => consume(&pulsar, &address).await,
         Some("send") => send(&pulsar).await,
         Some(_) => bail!("usage: pulsar_tracing [send]"),
     };
@@ -239,7 +241,7 @@ impl Extractor for Incoming<'_> {
     }
 }
 
-async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
+async fn consume(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
     let port = setting("METRICS_PORT", 9464)?;
     let slow = Duration::from_millis(setting("SLOW_MS", 1000)?);
     let port = u16::try_from(port).context("METRICS_PORT is a port, 0 to 65535")?;
@@ -258,16 +260,18 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
         .build()
         .await?;
     println!("waiting for orders");
+    let mut kept = false;
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let message = tokio::select! {
             // Polled first: only then is Ctrl-C ours, also during the first piece of work.
             biased;
             signal = &mut stop => break signal?,
-            message = consumer.try_next() => message?.context("lost the connection to the broker")?,
+            message = consumer.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
-        // Acknowledged only if it was an order: the rest stays in the backlog.
-        if process(&message, slow).await {
+        kept |= !process(&message, slow).await;
+        // What is not an order stays in the backlog, and with it the batch that it came in.
+        if last_of_batch(&message) && !std::mem::take(&mut kept) {
             consumer.ack(&message).await?;
         }
     }
@@ -276,10 +280,32 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Gives back what was fetched ahead. With a full queue, the client's close would wait for ever for the client itself.
+/// To the broker a batch is one entry, and the ack of one of its messages is the ack of all: only the last may be
+/// acknowledged. A message that came alone is the last.
+fn last_of_batch<T>(message: &pulsar::consumer::Message<T>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or_default();
+    let size = message.message_id.batch_size;
+    size.is_none_or(|size| index + 1 >= size)
+}
+
+/// Gives back what was fetched ahead: while its queue is full, the client's close waits for the client itself. A batch
+/// comes whole, however small the queue is: its rest is taken, and if there is yet another, all is tried again.
 async fn close(mut consumer: Consumer<Vec<u8>, TokioExecutor>) -> anyhow::Result<()> {
-    while consumer.next().now_or_never().flatten().is_some() {}
-    timeout(PATIENCE, consumer.close())
+    let closed = async {
+        loop {
+            let mut whole = true;
+            while let Some(Ok(message)) = match whole {
+                true => consumer.next().now_or_never().flatten(),
+                false => consumer.next().await,
+            } {
+                whole = last_of_batch(&message);
+            }
+            if let Ok(closed) = timeout(PATIENCE / 10, consumer.close()).await {
+                return closed;
+            }
+        }
+    };
+    timeout(PATIENCE, closed)
         .await
         .context("the last acks may not have arrived: no answer to the close")??;
     Ok(())
@@ -379,6 +405,11 @@ async fn process(message: &Message<Vec<u8>>, slow: Duration) -> bool {
 
 async fn handle(payload: &[u8]) -> anyhow::Result<()> {
     let order: Order = serde_json::from_slice(payload)?;
+    ensure!(
+        order.work_ms <= LONGEST_WORK_MS,
+        "{} ms of work are beyond all reason",
+        order.work_ms
+    );
     charge(&order).await;
     Ok(())
 }

@@ -6,10 +6,10 @@ use anyhow::{Context, Result};
 use compose::harness::Example;
 use compose::{Broker, Service};
 use pulsar::consumer::InitialPosition;
-use pulsar::{ConsumerOptions, SubType};
+use pulsar::{ConsumerOptions, Pulsar, SubType, TokioExecutor};
 
 use crate::support::{
-    SOON, backlog, client, next, numbers, run, send, shared, start, stop, topic, until,
+    SOON, backlog, client, consumer, next, numbers, run, send, shared, start, stop, topic, until,
 };
 
 const SCHEMA: &str = env!("CARGO_BIN_EXE_pulsar_schema");
@@ -78,17 +78,28 @@ async fn what_either_cluster_stored_arrives_over_kills_of_both() -> Result<()> {
         all
     );
 
+    // Orders of the second for the first, and the second is killed before it could copy them all.
+    let orders = "persistent://geo/orders/orders";
+    let first = client(&broker).await?;
+    consumer(&first, orders, "judge").await?.close().await?;
+    let address = broker
+        .env()
+        .into_iter()
+        .find(|(name, _)| name == "PULSAR_ADDRESS_B");
+    let (_, address) = address.context("no second cluster")?;
+    {
+        let second = Pulsar::builder(address, TokioExecutor).build().await?;
+        let back = (2001..=2040).map(|number| format!("order-{number}"));
+        send(&second, orders, back).await?;
+    }
+
     // While the second is away, the first takes orders; then it is killed before it could copy them. Others than
     // before: acks that the second broker had not written down yet are lost with it, so orders of before may come
     // again.
     broker.kill(2)?;
     let late = (1001..=1040).map(|number| format!("order-{number}"));
-    send(
-        &client(&broker).await?,
-        "persistent://geo/orders/orders",
-        late,
-    )
-    .await?;
+    send(&first, orders, late).await?;
+    drop(first);
     broker.kill(1)?;
     broker.restart(1)?;
     broker.restart(2)?;
@@ -104,6 +115,14 @@ async fn what_either_cluster_stored_arrives_over_kills_of_both() -> Result<()> {
         "lost: {missing:?}
 {second}"
     );
+    let mut judge = consumer(&client(&broker).await?, orders, "judge").await?;
+    let mut missing: BTreeSet<String> = (2001..=2040)
+        .map(|number| format!("order-{number}"))
+        .collect();
+    while !missing.is_empty() {
+        let order = next(&mut judge).await?;
+        missing.remove(&String::from_utf8(order.payload.data)?);
+    }
     Ok(())
 }
 
@@ -154,11 +173,18 @@ async fn the_trace_goes_on_in_the_consumer_and_a_broken_one_stops_no_order() -> 
         line.contains(" parent none: ") && line.contains("order-4"),
         "{line}"
     );
+    send(
+        &client,
+        &orders,
+        [r#"{"order_id":"order-5","work_ms":18446744073709551615}"#],
+    )
+    .await?;
+    consumer.wait_for("not an order: 18446744073709551615 ms of work", SOON)?;
     let text = reqwest::get(&metrics).await?.text().await?;
     let consumed = text
         .lines()
         .find(|line| line.starts_with("messaging_client_consumed_messages"));
-    assert!(consumed.is_some_and(|line| line.ends_with(" 4")), "{text}");
+    assert!(consumed.is_some_and(|line| line.ends_with(" 5")), "{text}");
     assert!(text.contains(r#"error_type="invalid_order""#), "{text}");
     stop(&mut consumer)?;
     Ok(())

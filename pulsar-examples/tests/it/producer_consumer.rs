@@ -9,6 +9,8 @@ use futures::TryStreamExt;
 use pulsar::consumer::InitialPosition;
 use pulsar::{Consumer, ConsumerOptions, Pulsar, TokioExecutor};
 
+use crate::support::send_batch;
+
 const SOON: Duration = Duration::from_secs(30);
 const TOPIC: &str = "persistent://public/default/orders";
 
@@ -129,6 +131,67 @@ async fn after_sigkill_what_was_not_acknowledged_comes_again() -> Result<()> {
         "at most the last ack was lost: {again:#?}"
     );
     assert_eq!(backlog(&client, "end").await?, Vec::<String>::new());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_batch_nothing_is_lost_by_a_sigkill_nor_by_a_message_that_is_no_order() -> Result<()> {
+    let pulsar = Broker::private(Service::Pulsar)?;
+    let client = client(&pulsar).await?;
+    let mut first = consumer(&pulsar)?;
+    send_batch(&client, TOPIC, orders(10)).await?;
+    first.wait_for(" o0 of u", SOON)?;
+    first.kill()?;
+    first.wait(SOON)?;
+    let mut second = consumer(&pulsar)?;
+    second.wait_for(" o9 of u, 1 cents: acknowledged", SOON)?;
+    second.interrupt()?;
+    second.wait(SOON)?.ok()?;
+    let lines = second.lines();
+    for id in 0..10 {
+        let order = format!(" o{id} of u");
+        assert!(
+            lines.iter().any(|line| line.contains(&order)),
+            "o{id} is lost: {lines:#?}"
+        );
+    }
+    assert_eq!(backlog(&client, "end").await?, Vec::<String>::new());
+
+    // The ack of the last would be the ack of the one that must be kept.
+    let mut third = consumer(&pulsar)?;
+    let batch = ["{".to_owned(), orders(1).remove(0)];
+    send_batch(&client, TOPIC, &batch).await?;
+    third.wait_for("its batch is kept", SOON)?;
+    send(&client, &orders(1)).await?;
+    third.wait_for("acknowledged", SOON)?;
+    third.interrupt()?;
+    third.wait(SOON)?.ok()?;
+    let kept = [&["end".to_owned()], &batch[..]].concat();
+    assert_eq!(backlog(&client, "end of all").await?, kept);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_c_in_a_batch_that_is_larger_than_the_queue_is_an_orderly_end() -> Result<()> {
+    let pulsar = Broker::private(Service::Pulsar)?;
+    let client = client(&pulsar).await?;
+    let mut running = consumer(&pulsar)?;
+    send(&client, &orders(3)).await?;
+    let batches = [orders(200), orders(200)];
+    for batch in &batches {
+        send_batch(&client, TOPIC, batch).await?;
+    }
+    // Three alone, and the first of the batch.
+    for _ in 0..5 {
+        running.wait_for(" of u, 1 cents", SOON)?;
+    }
+    running.interrupt()?;
+    running.wait(SOON)?.ok()?;
+    assert_eq!(
+        backlog(&client, "end").await?,
+        batches.concat(),
+        "the acks of the three have arrived, and the batches are kept"
+    );
     Ok(())
 }
 

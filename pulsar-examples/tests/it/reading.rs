@@ -143,6 +143,8 @@ async fn a_pattern_finds_new_topics_also_after_a_restart_of_the_broker() -> Resu
         display.wait_for(&format!("cellar: {reading}"), SOON)?;
     }
     broker.kill(1)?;
+    // Longer than all that the client does by itself to come back. There is no event to wait for: it is silent.
+    tokio::time::sleep(SOON).await;
     broker.restart(1)?;
     run(MULTI, &broker, &["send", "attic", "4"])?;
     display.wait_for("attic: 4", 2 * SOON)?;
@@ -181,8 +183,37 @@ async fn every_asker_gets_its_own_answers_and_a_killed_server_leaves_the_questio
         .send_non_blocking()
         .await?
         .await?;
+    let prefix = "non-persistent://public/default/request-reply-answers-";
+    let mut asks = async |question: &str, place: &str| -> Result<()> {
+        let request = producer
+            .create_message()
+            .with_content(question)
+            .with_property("reply_to", format!("{prefix}{place}"))
+            .with_property("correlation_id", "x");
+        request.send_non_blocking().await?.await?;
+        Ok(())
+    };
+    asks("8", "../x").await?;
+    asks("9", "").await?;
+    // A place that takes no answer must not hold up the questions behind it, nor come back with its own.
+    let options = pulsar::ProducerOptions {
+        access_mode: Some(1),
+        ..Default::default()
+    };
+    let taken = client
+        .producer()
+        .with_topic(format!("{prefix}taken"))
+        .with_options(options);
+    let mut taken = taken.build().await?;
+    asks("10", "taken").await?;
+    asks("11", "free").await?;
     send(&client, &questions, [&b"\xff"[..]]).await?;
     server.wait_for("3: dropped", SOON)?;
+    server.wait_for("8: dropped", SOON)?;
+    server.wait_for("9: dropped", SOON)?;
+    server.wait_for("10: not answered", SOON)?;
+    server.wait_for("11: answered", SOON)?;
+    taken.close().await?;
     server.wait_for("dropped", SOON)?;
     send(&client, &topic("request-reply-trap"), ["end"]).await?;
     assert_eq!(next(&mut trap).await?.payload.data, b"end");

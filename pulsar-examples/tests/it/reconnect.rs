@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use anyhow::Result;
 use compose::{Broker, Service};
 
-use crate::support::{SOON, client, consumer, next, numbers, start, topic};
+use crate::support::{SOON, client, consumer, next, numbers, start, stats, topic};
 
 const RECONNECT: &str = env!("CARGO_BIN_EXE_pulsar_reconnect");
 
@@ -21,6 +21,9 @@ async fn no_acknowledged_tick_is_lost_over_two_kills_and_a_freeze() -> Result<()
             .await?;
     }
     let mut program = start(RECONNECT, &broker, &[])?;
+    // Beside it another: each has to get all of its own ticks.
+    let mut other = start(RECONNECT, &broker, &[])?;
+    other.wait_for("received: tick", SOON)?;
     for _ in 0..5 {
         program.wait_for("received: tick", SOON)?;
     }
@@ -41,7 +44,11 @@ async fn no_acknowledged_tick_is_lost_over_two_kills_and_a_freeze() -> Result<()
             program.wait_for("received: tick", SOON)?;
         }
     }
+    other.wait_for("received: tick", SOON)?;
+    other.interrupt()?;
     program.interrupt()?;
+    let beside = other.wait(SOON)?.ok()?.stdout;
+    assert!(beside.ends_with(" lost 0 / unexpected 0\n"), "{beside}");
     let ended = program.wait(SOON)?.ok()?;
     let last = ended.stdout.lines().last().unwrap_or_default().to_owned();
     assert!(
@@ -57,6 +64,13 @@ async fn no_acknowledged_tick_is_lost_over_two_kills_and_a_freeze() -> Result<()
         u32::try_from(acked.len()).ok().map(|all| all - 1),
         "no gap"
     );
+    let stats = stats(&broker, &ticks).await?;
+    let left: Vec<&String> = stats["subscriptions"]
+        .as_object()
+        .into_iter()
+        .flat_map(serde_json::Map::keys)
+        .collect();
+    assert_eq!(left, ["judge"], "each run takes its subscription away");
     let client = client(&broker).await?;
     let mut judge = consumer(&client, &ticks, "judge").await?;
     let mut missing = acked;

@@ -1,9 +1,14 @@
 //! What fails comes back, is put aside, waits: judged by the broker's backlogs and by what lies in the topics.
 
-use anyhow::Result;
+use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+use compose::{Broker, Service};
 
 use crate::support::{
-    SOON, backlog, client, consumer, next, run, send, shared, start, stop, topic, until,
+    Client, SOON, backlog, client, consumer, next, run, send, send_batch, shared, start, stats,
+    stop, topic, until,
 };
 
 const NEGATIVE_ACK: &str = env!("CARGO_BIN_EXE_pulsar_negative_ack");
@@ -29,10 +34,15 @@ async fn a_failing_job_comes_back_and_stays_in_the_backlog_when_the_worker_ends(
     worker.wait_for("job-3: done at attempt 1", SOON)?;
     worker.wait_for("flaky-2: done at attempt 3", SOON)?;
     worker.wait_for("broken-1: attempt 4 failed", SOON)?;
+    // One that is done must not acknowledge those of its batch that are not.
+    let batch = ["broken-4", "job-5"];
+    send_batch(&client(broker).await?, &jobs, batch).await?;
+    worker.wait_for("job-5: done", SOON)?;
+    worker.wait_for("broken-4: attempt", SOON)?;
+    worker.wait_for("job-5: done", SOON)?;
     let printed = stop(&mut worker)?;
     assert_eq!(printed.matches("flaky-2: attempt ").count(), 2);
-    assert!(printed.ends_with("closed; jobs done: 2\n"), "{printed}");
-    assert_eq!(backlog(broker, &jobs, "negative-ack-worker").await?, 3);
+    assert_eq!(backlog(broker, &jobs, "negative-ack-worker").await?, 4);
     Ok(())
 }
 
@@ -43,8 +53,21 @@ async fn after_two_deliveries_a_message_is_a_dead_letter_and_can_be_replayed() -
     let client = client(broker).await?;
     let mut worker = start(DEAD_LETTER, broker, &[])?;
     worker.wait_for("subscribed", SOON)?;
+    let mut judge = consumer(&client, &orders, "judge").await?;
+    let mut producer = client.producer().with_topic(&orders).build().await?;
     let payloads: [&[u8]; 4] = [b"order-1", b"\xff\x00", b"", b"order-2"];
-    send(&client, &orders, payloads).await?;
+    for payload in payloads {
+        let message = pulsar::producer::Message {
+            payload: payload.into(),
+            properties: [("colour".to_owned(), "red".to_owned())].into(),
+            partition_key: Some("a2V5".into()),
+            partition_key_b64_encoded: Some(true),
+            ordering_key: Some(b"order".into()),
+            event_time: Some(12345),
+            ..Default::default()
+        };
+        producer.send_non_blocking(message).await?.await?;
+    }
     worker.wait_for("order-2: done", SOON)?;
     until("two are moved", async || {
         Ok(backlog(broker, &orders, "dead-letter-worker").await? == 0
@@ -72,6 +95,28 @@ async fn after_two_deliveries_a_message_is_a_dead_letter_and_can_be_replayed() -
     .await?;
     stop(&mut replay)?;
     assert_eq!(backlog(broker, &orders, "dead-letter-worker").await?, 2);
+    // The four, and the two that came back: as they were, but for where they have been.
+    for number in 0..6 {
+        let message = next(&mut judge).await?;
+        let metadata = message.metadata();
+        assert_eq!(property(&message, "colour"), "red");
+        assert_eq!(message.key_bytes()?.as_deref(), Some(&b"key"[..]));
+        assert_eq!(metadata.ordering_key.as_deref(), Some(&b"order"[..]));
+        assert_eq!(metadata.event_time, Some(12345));
+        assert_eq!(property(&message, "ORIGIN_MESSAGE_ID"), "");
+        assert_eq!(property(&message, "REAL_TOPIC"), "");
+        assert_eq!(property(&message, "REPLAYED").is_empty(), number < 4);
+    }
+
+    // A batch goes as a whole, and so does what has been replayed.
+    let mut worker = start(DEAD_LETTER, broker, &[])?;
+    send_batch(&client, &orders, ["order-8", "broken-9"]).await?;
+    until("all four are moved", async || {
+        Ok(backlog(broker, &orders, "dead-letter-worker").await? == 0
+            && backlog(broker, &dead, "dead-letter-keeper").await? == 4)
+    })
+    .await?;
+    stop(&mut worker)?;
 
     let printed = run(DEAD_LETTER, broker, &["exclusive"])?;
     assert!(printed.contains("delivered 10 times"), "{printed}");
@@ -91,14 +136,80 @@ async fn reminders_come_when_due_and_at_once_on_exclusive() -> Result<()> {
         // Never before its time, however slow this machine is.
         assert!(!line.contains(": -"), "{line}");
     }
+    let reminders = topic("delayed-reminders");
+    send_at(&client(broker).await?, &reminders, "long-ago", i64::MIN).await?;
+    reader.wait_for("long-ago: 9223372036854775807 ms after its time", SOON)?;
     stop(&mut reader)?;
-    assert_eq!(
-        backlog(broker, &topic("delayed-reminders"), "delayed-reminders").await?,
-        0
-    );
+    assert_eq!(backlog(broker, &reminders, "delayed-reminders").await?, 0);
     let printed = run(DELAYED, broker, &["exclusive"])?;
     assert!(printed.contains("before its time"), "{printed}");
     Ok(())
+}
+
+/// Of its own: it kills the broker.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_for_its_time_survives_a_sigkill_of_the_broker() -> Result<()> {
+    let broker = Broker::private(Service::Pulsar)?;
+    let mut worker = start(RETRY, &broker, &[])?;
+    worker.wait_for("subscribed", SOON)?;
+    start(DELAYED, &broker, &[])?.wait_for("subscribed", SOON)?;
+    run(RETRY, &broker, &["send", "flaky-1", "flaky-2", "broken-3"])?;
+    worker.wait_for("broken-3: attempt 2 failed", SOON)?;
+    worker.kill()?;
+    worker.wait(SOON)?;
+    run(DELAYED, &broker, &["send"])?;
+    broker.kill(1)?;
+    broker.restart(1)?;
+    let mut worker = start(RETRY, &broker, &[])?;
+    let mut reader = start(DELAYED, &broker, &[])?;
+    let retry = topic("retry-orders-retry-worker-RETRY");
+    let dead = topic("retry-orders-retry-worker-DLQ");
+    let reminders = topic("delayed-reminders");
+    until("nothing waits any more", async || {
+        Ok(backlog(&broker, &retry, "retry-worker").await? == 0
+            && backlog(&broker, &dead, "retry-keeper").await? >= 1
+            && backlog(&broker, &reminders, "delayed-reminders").await? == 0)
+    })
+    .await?;
+    stop(&mut worker)?;
+    let printed = stop(&mut reader)?;
+    for name in ["at-once", "after-2s", "at-5s"] {
+        assert!(printed.contains(&format!("{name}: ")), "{printed}");
+    }
+
+    // Where the broker has been told to delay nothing, a far time comes at once. It must not be worked on, nor hold
+    // up the end.
+    let web = broker.web().into_iter().next().unwrap_or_default();
+    let policy = format!(
+        "{web}/admin/v2/{}/delayedDelivery",
+        reminders.replace("://", "/")
+    );
+    let never = serde_json::json!({"active": false, "tickTime": 1000});
+    let answer = reqwest::Client::new().post(policy).json(&never).send();
+    answer.await?.error_for_status()?;
+    let client = client(&broker).await?;
+    let mut reader = start(DELAYED, &broker, &[])?;
+    reader.wait_for("subscribed", SOON)?;
+    until("one has come at once", async || {
+        send_at(&client, &reminders, "far", i64::MAX).await?;
+        let stats = stats(&broker, &reminders).await?;
+        let held = &stats["subscriptions"]["delayed-reminders"]["unackedMessages"];
+        Ok(held.as_u64().is_some_and(|held| held > 0))
+    })
+    .await?;
+    assert!(!stop(&mut reader)?.contains("far"));
+    Ok(())
+}
+
+async fn send_at(client: &Client, topic: &str, name: &str, time: i64) -> Result<()> {
+    let mut producer = client.producer().with_topic(topic).build().await?;
+    let message = pulsar::producer::Message {
+        payload: name.into(),
+        deliver_at_time: Some(time),
+        ..Default::default()
+    };
+    producer.send_non_blocking(message).await?.await?;
+    Ok(producer.close().await?)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -121,6 +232,8 @@ async fn retries_survive_a_kill_and_end_done_or_as_dead_letters_with_their_cause
         Vec::new(),
         b"order-1".to_vec(),
     ]);
+    let mut copies = consumer(&client, &retry, "judge").await?;
+    let sent = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
     send(&client, &orders, &payloads).await?;
     for _ in 0..30 {
         first.wait_for("attempt 1 failed", SOON)?;
@@ -143,8 +256,28 @@ async fn retries_survive_a_kill_and_end_done_or_as_dead_letters_with_their_cause
     assert!(
         lines
             .iter()
-            .any(|line| line.contains("broken-1: attempt 4 failed, again in 800 ms"))
+            .any(|line| line.contains("broken-1: attempt 4 failed, again in"))
     );
+    // Each attempt of a failing order leaves a copy, and that says when it may be tried again: later by the delay than
+    // the time of the attempt before, and the copy of the next attempt is not written earlier.
+    let mut due = BTreeMap::from([(0, i64::try_from(sent)?)]);
+    while due.len() < 5 {
+        let copy = next(&mut copies).await?;
+        if copy.payload.data != b"broken-1" {
+            continue;
+        }
+        let attempt: u32 = property(&copy, "RECONSUMETIMES").parse()?;
+        let (written, time) = (
+            i64::try_from(copy.metadata().publish_time)?,
+            copy.metadata().deliver_at_time.unwrap_or_default(),
+        );
+        // A repeat after the kill is later still.
+        let before = *due.get(&(attempt - 1)).context("copies in order")?;
+        assert!(written >= before, "attempt {attempt} before its time");
+        let delay = 100 * 2_i64.pow(attempt - 1);
+        assert!(time >= before + delay, "attempt {attempt} is too near");
+        due.entry(attempt).or_insert(time);
+    }
     let count = backlog(broker, &dead, "retry-keeper").await?;
     let mut reader = consumer(&client, &dead, "test").await?;
     let mut names = std::collections::BTreeSet::new();

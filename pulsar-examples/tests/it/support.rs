@@ -90,6 +90,40 @@ pub async fn send_keyed(
     Ok(producer.close().await?)
 }
 
+/// All of them as one batch, and so as one entry.
+pub async fn send_batch(
+    client: &Client,
+    topic: &str,
+    payloads: impl IntoIterator<Item = impl AsRef<[u8]>>,
+) -> Result<()> {
+    let payloads: Vec<Vec<u8>> = payloads
+        .into_iter()
+        .map(|payload| payload.as_ref().to_vec())
+        .collect();
+    let options = ProducerOptions {
+        batch_size: Some(u32::try_from(payloads.len())?),
+        block_queue_if_full: true,
+        ..ProducerOptions::default()
+    };
+    let mut producer = client
+        .producer()
+        .with_topic(topic)
+        .with_options(options)
+        .build()
+        .await?;
+    let mut receipts = Vec::new();
+    for payload in payloads {
+        receipts.push(producer.send_non_blocking(payload).await?);
+    }
+    let mut entries = std::collections::BTreeSet::new();
+    for receipt in receipts {
+        let place = receipt.await?.message_id.context("no message id")?;
+        entries.insert((place.ledger_id, place.entry_id));
+    }
+    anyhow::ensure!(entries.len() == 1, "not one batch: {entries:?}");
+    Ok(producer.close().await?)
+}
+
 pub async fn consumer(
     client: &Client,
     topic: &str,
