@@ -192,21 +192,12 @@ impl Flow {
         let mut desk = Desk::default();
         let mut known = 0;
         loop {
-            if rebalances.seen() != known {
-                // Whoever has the partitions now, this process or another, reads on from the commit.
-                known = rebalances.seen();
-                desk = Desk::default();
-            }
             let (due, next) = desk.next();
-            let user = tokio::select! {
+            let record = tokio::select! {
                 () = self.shop.stop.cancelled() => break,
-                () = sleep_until(due.into()), if next.is_some() => next.unwrap_or_default(),
+                () = sleep_until(due.into()), if next.is_some() => None,
                 received = consumer.recv(), if desk.held() < HELD => match received {
-                    Ok(record) => match desk.take(record.detach()) {
-                        Some(user) => user,
-                        // Behind another order of the same user.
-                        None => continue,
-                    },
+                    Ok(record) => Some(record.detach()),
                     Err(error @ KafkaError::MessageConsumptionFatal(_)) => bail!(error),
                     // A lost connection, for example: the client tries again by itself.
                     Err(error) => {
@@ -215,6 +206,18 @@ impl Flow {
                     }
                 },
             };
+            // Partitions are taken away, and given, while `recv` waits: its record can be the first after that. Whoever
+            // has the partitions now, this process or another, reads on from the commit.
+            if rebalances.seen() != known {
+                known = rebalances.seen();
+                desk = Desk::default();
+            }
+            let user = match record {
+                Some(record) => desk.take(record),
+                None => next,
+            };
+            // None: the order is behind another one of the same user.
+            let Some(user) = user else { continue };
             while let Some((record, attempt)) = desk.first(&user) {
                 if let Some(delay) = self.handle(stage, &producer, &record, attempt).await? {
                     desk.later(&user, delay);
@@ -261,7 +264,8 @@ impl Flow {
             Outcome::Failed(cause) => self.bury(producer, record, &cause, attempt).await?,
             Outcome::Done | Outcome::Seen => {
                 if let (_, Some(event)) = stage.events() {
-                    self.send(producer, event, record, OwnedHeaders::new())
+                    let payload = record.payload().unwrap_or_default();
+                    self.send(producer, event, record, payload, OwnedHeaders::new())
                         .await?;
                 }
                 self.shop.told();
@@ -287,8 +291,9 @@ impl Flow {
                 value: Some(value),
             });
         }
-        self.send(producer, "dead", record, headers).await?;
         let payload = record.payload().unwrap_or_default();
+        self.send(producer, "dead", record, Order::kept(payload), headers)
+            .await?;
         self.shop.dead(payload, &origin, cause, attempts)
     }
 
@@ -298,11 +303,12 @@ impl Flow {
         producer: &FutureProducer,
         event: &str,
         record: &OwnedMessage,
+        payload: &[u8],
         headers: OwnedHeaders,
     ) -> anyhow::Result<()> {
         let topic = self.topic(event);
         let mut outgoing = FutureRecord::<[u8], [u8]>::to(&topic).headers(headers);
-        (outgoing.key, outgoing.payload) = (record.key(), record.payload());
+        (outgoing.key, outgoing.payload) = (record.key(), Some(payload));
         let delivery = producer.send(outgoing, PATIENCE).await;
         let delivery = delivery.map_err(|(error, _)| error);
         delivery.with_context(|| format!("no delivery report from {topic}"))?;
@@ -508,10 +514,19 @@ struct Order {
 }
 
 impl Order {
-    /// The bytes of an event can be anything.
+    /// The bytes of an event can be anything, and as many as the broker takes.
     fn read(payload: &[u8]) -> Result<Order, String> {
-        let order: Order =
-            serde_json::from_slice(payload).map_err(|error| format!("not an order: {error}"))?;
+        let (size, kept) = (payload.len(), Order::kept(payload).len());
+        if size > kept {
+            return Err(format!(
+                "not an order: {size} bytes, of which {kept} are kept"
+            ));
+        }
+        let order: Order = serde_json::from_slice(payload).map_err(|error| {
+            // It may quote the event.
+            let error = error.to_string();
+            format!("not an order: {error:.200}")
+        })?;
         match &order {
             Order { id, .. } if id.is_empty() => Err("not an order: no id".into()),
             Order { user, .. } if user.is_empty() => Err("not an order: no user".into()),
@@ -520,6 +535,12 @@ impl Order {
             }
             _ => Ok(order),
         }
+    }
+
+    /// As much of an event as a dead letter has: all of a larger one would, with the letter's headers, be more than the
+    /// broker takes.
+    fn kept(payload: &[u8]) -> &[u8] {
+        payload.get(..256 * 1024).unwrap_or(payload)
     }
 }
 

@@ -234,8 +234,9 @@ impl Flow {
         let origin = format!("{} sequence {sequence}", message.subject);
         // A header is a line.
         let line = cause.replace(['\r', '\n'], " ");
+        let kept = Order::kept(&message.payload).len();
         let letter = PublishMessage::build()
-            .payload(message.payload.clone())
+            .payload(message.payload.slice(..kept))
             .header("cause", line.as_str())
             .header("attempts", attempts.to_string().as_str())
             .header("origin", origin.as_str())
@@ -374,10 +375,19 @@ struct Order {
 }
 
 impl Order {
-    /// The bytes of an event can be anything.
+    /// The bytes of an event can be anything, and as many as the broker takes.
     fn read(payload: &[u8]) -> Result<Order, String> {
-        let order: Order =
-            serde_json::from_slice(payload).map_err(|error| format!("not an order: {error}"))?;
+        let (size, kept) = (payload.len(), Order::kept(payload).len());
+        if size > kept {
+            return Err(format!(
+                "not an order: {size} bytes, of which {kept} are kept"
+            ));
+        }
+        let order: Order = serde_json::from_slice(payload).map_err(|error| {
+            // It may quote the event.
+            let error = error.to_string();
+            format!("not an order: {error:.200}")
+        })?;
         match &order {
             Order { id, .. } if id.is_empty() => Err("not an order: no id".into()),
             Order { user, .. } if user.is_empty() => Err("not an order: no user".into()),
@@ -386,6 +396,12 @@ impl Order {
             }
             _ => Ok(order),
         }
+    }
+
+    /// As much of an event as a dead letter has: all of a larger one would, with the letter's headers, be more than the
+    /// broker takes.
+    fn kept(payload: &[u8]) -> &[u8] {
+        payload.get(..256 * 1024).unwrap_or(payload)
     }
 }
 

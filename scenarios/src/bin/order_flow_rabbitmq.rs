@@ -323,7 +323,8 @@ impl Flow {
             AMQPValue::LongString(origin.as_str().into()),
         );
         let properties = BasicProperties::default().with_headers(headers);
-        self.publish(channel, "events", "dead", &delivery.data, properties)
+        let kept = Order::kept(&delivery.data);
+        self.publish(channel, "events", "dead", kept, properties)
             .await?;
         self.shop.dead(&delivery.data, &origin, cause, attempts)
     }
@@ -487,10 +488,19 @@ struct Order {
 }
 
 impl Order {
-    /// The bytes of an event can be anything.
+    /// The bytes of an event can be anything, and as many as the broker takes.
     fn read(payload: &[u8]) -> Result<Order, String> {
-        let order: Order =
-            serde_json::from_slice(payload).map_err(|error| format!("not an order: {error}"))?;
+        let (size, kept) = (payload.len(), Order::kept(payload).len());
+        if size > kept {
+            return Err(format!(
+                "not an order: {size} bytes, of which {kept} are kept"
+            ));
+        }
+        let order: Order = serde_json::from_slice(payload).map_err(|error| {
+            // It may quote the event.
+            let error = error.to_string();
+            format!("not an order: {error:.200}")
+        })?;
         match &order {
             Order { id, .. } if id.is_empty() => Err("not an order: no id".into()),
             Order { user, .. } if user.is_empty() => Err("not an order: no user".into()),
@@ -499,6 +509,12 @@ impl Order {
             }
             _ => Ok(order),
         }
+    }
+
+    /// As much of an event as a dead letter has: all of a larger one would, with the letter's headers, be more than the
+    /// broker takes.
+    fn kept(payload: &[u8]) -> &[u8] {
+        payload.get(..256 * 1024).unwrap_or(payload)
     }
 }
 

@@ -47,7 +47,7 @@ impl Books {
 const HANDLED: &str = "
     CREATE TABLE IF NOT EXISTS handled (
         event_id TEXT PRIMARY KEY, user_id TEXT NOT NULL, subject TEXT NOT NULL,
-        -- 0: begun, with an effect outside of this file; 1: done
+        -- 0: begun, with an effect outside of this file; 1: done; 2: refused for good, and a dead letter
         done INTEGER NOT NULL
     ) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS seen (what TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
@@ -63,7 +63,7 @@ impl Books {
         let mut db = self.lock();
         let db = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
         let id = event.id();
-        let done: Option<bool> = db
+        let done: Option<u8> = db
             .query_row(
                 "SELECT done FROM handled WHERE event_id = ?1",
                 [&id],
@@ -71,15 +71,16 @@ impl Books {
             )
             .optional()?;
         let known = match done {
-            None => {
+            // Refused before, and not yet terminated: it will be refused again, or not.
+            None | Some(2) => {
                 db.execute(
-                    "INSERT INTO handled VALUES (?1, ?2, ?3, 0)",
+                    "INSERT OR REPLACE INTO handled VALUES (?1, ?2, ?3, 0)",
                     params![id, event.user().user_id, event.subject()],
                 )?;
                 Known::New
             }
-            Some(false) => Known::InDoubt,
-            Some(true) => Known::Done,
+            Some(0) => Known::InDoubt,
+            Some(_) => Known::Done,
         };
         match known {
             Known::New => {}
@@ -103,6 +104,15 @@ impl Books {
         Ok(())
     }
 
+    /// Its dead letter is written: it has not happened, and it never will.
+    pub fn refuse(&self, event: &Event) -> Result<()> {
+        self.lock().execute(
+            "INSERT INTO handled VALUES (?1, ?2, ?3, 2) ON CONFLICT DO UPDATE SET done = 2 WHERE done = 0",
+            params![event.id(), event.user().user_id, event.subject()],
+        )?;
+        Ok(())
+    }
+
     /// Mark and effect in one transaction, for an effect that is in the books itself. False if it was done before.
     pub fn once(&self, event: &Event) -> Result<bool> {
         let mut db = self.lock();
@@ -118,11 +128,13 @@ impl Books {
         Ok(new > 0)
     }
 
-    /// How many events of the run are done.
-    pub fn handled(&self, run: &str) -> Result<u64> {
-        let sql = "SELECT count(*) FROM handled WHERE done AND user_id GLOB ?1";
+    /// How many events of the run are done, and how many were refused for good.
+    pub fn handled(&self, run: &str) -> Result<(u64, u64)> {
+        let sql = "SELECT ifnull(sum(done = 1), 0), ifnull(sum(done = 2), 0) FROM handled WHERE user_id GLOB ?1";
         let pattern = format!("{run}-*");
-        Ok(self.lock().query_row(sql, [pattern], |row| row.get(0))?)
+        Ok(self
+            .lock()
+            .query_row(sql, [pattern], |row| Ok((row.get(0)?, row.get(1)?)))?)
     }
 
     /// How often something was seen: `suppressed` or `in doubt`.

@@ -101,6 +101,12 @@ impl Bus {
         Ok(self.jetstream.get_stream(STREAM).await?)
     }
 
+    /// Which stream of this name it is: one that was deleted and made again is another one.
+    pub async fn stream(&self) -> Result<String> {
+        let created = self.streams().await?.cached_info().created;
+        Ok(created.unix_timestamp_nanos().to_string())
+    }
+
     /// The durable consumer of a service. All instances of the service use the same one, and share its events.
     pub async fn consumer(
         &self,

@@ -9,12 +9,14 @@ use lettre::{Address, AsyncSmtpTransport, AsyncTransport, Message, Tokio1Executo
 use crate::event::Event;
 
 const FROM: &str = "Event bus <welcome@event-bus.example>";
-/// Shorter than JetStream waits for an acknowledgement, or the event would be given to another instance meanwhile.
-const TIMEOUT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(10);
 
+/// Each mail has a connection of its own. `lettre`'s pool (a feature, which is off here) would also take one back from
+/// a mail that was given up in the middle, and the next mail would go on with the old one's dialogue.
 pub struct Postman {
     transport: AsyncSmtpTransport<Tokio1Executor>,
     from: Mailbox,
+    limit: Duration,
 }
 
 /// What became of a mail.
@@ -31,15 +33,21 @@ pub enum Posted {
 
 impl Postman {
     /// `smtp://host:port`, `smtps://user:password@host`, `smtp://user:password@host:587?tls=required`.
-    pub fn new(url: &str) -> Result<Postman> {
+    pub fn new(url: &str, ack_wait: Duration) -> Result<Postman> {
+        // Shorter than JetStream waits for an acknowledgement, or another instance would get the event meanwhile.
+        let limit = LIMIT.min(ack_wait / 2);
         // Without the URL in the error: it may hold a password.
         let transport = AsyncSmtpTransport::<Tokio1Executor>::from_url(url)
             .context("SMTP_URL is not the address of a mail server")?
-            .timeout(Some(TIMEOUT))
+            .timeout(Some(limit))
             .build();
         let from = std::env::var("MAIL_FROM").unwrap_or_else(|_| FROM.to_owned());
         let from = from.parse().context("MAIL_FROM is not an address")?;
-        Ok(Postman { transport, from })
+        Ok(Postman {
+            transport,
+            from,
+            limit,
+        })
     }
 
     /// Sends the mail that follows from an event. It always has the same Message-ID, by which whoever
@@ -63,13 +71,21 @@ impl Postman {
             Ok(message) => message,
             Err(error) => return Posted::Refused(format!("cannot be a mail: {error}")),
         };
-        match self.transport.send(message).await {
-            Ok(_) => Posted::Accepted,
-            Err(error) => {
+        // The transport's own time limit is for the connection only. A server that stops later would be waited for
+        // without an end.
+        match tokio::time::timeout(self.limit, self.transport.send(message)).await {
+            Err(_) => {
+                let limit = self.limit.as_secs_f64();
+                Posted::Unknown(format!("the mail server says nothing for {limit} s"))
+            }
+            Ok(Ok(_)) => Posted::Accepted,
+            Ok(Err(error)) => {
                 let status = error.status().map(u16::from);
                 match status {
                     // Our own credentials are wrong, not the mail.
                     Some(530 | 534 | 535 | 538) => Posted::NotNow(explain(&error)),
+                    // It is the dialogue that the server did not understand, not the mail.
+                    Some(500 | 502..=504) => Posted::NotNow(explain(&error)),
                     Some(500..) => Posted::Refused(explain(&error)),
                     Some(_) => Posted::NotNow(explain(&error)),
                     None if explain(&error).starts_with("Connection error") => {

@@ -202,7 +202,7 @@ async fn start(cli: Cli) -> Result<bool> {
         Some(Command::User { what, common }) => {
             let bus = common.bus(stop).await?;
             let users = Users::open(&common.folder()?)?;
-            let run = users.begin(&what)?;
+            let run = users.begin(&what, &common.stream(&bus).await?)?;
             println!("user: run {run}");
             users.run(&run, &what, &bus, common.durable, stop).await?;
             let run = users.find(Some(&run))?.context("the run is gone")?;
@@ -263,6 +263,13 @@ impl Common {
         Ok(bus)
     }
 
+    async fn stream(&self, bus: &Bus) -> Result<String> {
+        match self.durable {
+            true => bus.stream().await,
+            false => Ok(String::new()),
+        }
+    }
+
     fn folder(&self) -> Result<PathBuf> {
         books::folder(self.state.as_deref())
     }
@@ -279,7 +286,8 @@ impl Common {
             Ok(url) => url,
             Err(_) => self.mailbox(&self.folder()?)?,
         };
-        self.service(Work::Email(Postman::new(&url)?), bus, stop)
+        let postman = Postman::new(&url, Duration::from_secs(self.ack_wait))?;
+        self.service(Work::Email(Box::new(postman)), bus, stop)
     }
 
     /// Starts a mailbox in this process.
@@ -322,26 +330,23 @@ async fn everything(cli: &Cli, stop: &Stop) -> Result<bool> {
     let mut tasks = tokio::task::JoinSet::new();
     for service in services.clone() {
         if common.durable {
-            tasks.spawn(async move { service.consume().await });
+            tasks.spawn(async move { service.consume().await.map(|()| service.name) });
         } else {
             // On core NATS, who is not there yet gets nothing: first everybody listens, then users are created.
             let subscriber = service.subscribe().await?;
-            tasks.spawn(async move { service.listen(subscriber).await });
+            tasks.spawn(async move { service.listen(subscriber).await.map(|()| service.name) });
         }
     }
     let users = Users::open(&folder)?;
-    let run = users.begin(&cli.what)?;
-    let creating = {
-        let (users, run, what, bus, stop) = (
-            users.clone(),
-            run.clone(),
-            cli.what.clone(),
-            bus.clone(),
-            stop.clone(),
-        );
+    let run = users.begin(&cli.what, &common.stream(&bus).await?)?;
+    {
+        let (run, what, bus, halt) = (run.clone(), cli.what.clone(), bus.clone(), halt.clone());
         let durable = common.durable;
-        tokio::spawn(async move { users.run(&run, &what, &bus, durable, &stop).await })
-    };
+        tasks.spawn(async move {
+            let created = users.run(&run, &what, &bus, durable, &halt).await;
+            created.map(|()| "user")
+        });
+    }
 
     let bar = std::io::stderr().is_terminal().then(|| {
         let bar = ProgressBar::new(0);
@@ -370,10 +375,15 @@ async fn everything(cli: &Cli, stop: &Stop) -> Result<bool> {
         }
     });
     let failed = async {
-        // A service ends by itself only with an error.
-        match tasks.join_next().await {
-            Some(ended) => ended?.and_then(|()| anyhow::bail!("a service has ended")),
-            None => Ok(()),
+        // By itself a service ends only with an error, except for the one that creates the users.
+        loop {
+            match tasks.join_next().await {
+                Some(ended) => match ended?? {
+                    "user" => {}
+                    name => anyhow::bail!("{name} has ended"),
+                },
+                None => anyhow::bail!("all services have ended"),
+            }
         }
     };
     let waited: Result<()> = tokio::select! {
@@ -384,14 +394,11 @@ async fn everything(cli: &Cli, stop: &Stop) -> Result<bool> {
         bar.finish_and_clear();
     }
     halt.set();
-    if waited.is_err() {
-        stop.set();
+    let mut ended = waited;
+    while let Some(task) = tasks.join_next().await {
+        ended = ended.and(task?.map(drop));
     }
-    creating.await??;
-    while let Some(ended) = tasks.join_next().await {
-        ended??;
-    }
-    waited?;
+    ended?;
     let sums = ledger.sums(Some(&run))?.context("the run is gone")?;
     let dead = match common.durable {
         true => Some(bus.dead_letters().await?),

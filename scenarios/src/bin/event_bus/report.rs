@@ -13,6 +13,7 @@ use crate::user::{Run, Users};
 pub struct Sums {
     pub run: Run,
     mails_sent: u64,
+    mails_refused: u64,
     in_doubt: u64,
     notifications: u64,
     suppressed: u64,
@@ -29,7 +30,8 @@ pub struct Ledger {
 
 impl Ledger {
     pub fn open(folder: &Path) -> Result<Ledger> {
-        let own = std::env::var_os("SMTP_URL").is_none() || folder.join("mailbox.db").exists();
+        // Mails to another server are not in this mailbox, though it may be there from an earlier run.
+        let own = std::env::var_os("SMTP_URL").is_none();
         Ok(Ledger {
             users: Users::open(folder)?,
             email: Books::of_service(folder, "email")?,
@@ -43,10 +45,14 @@ impl Ledger {
         let Some(run) = self.users.find(run)? else {
             return Ok(None);
         };
+        let (mails_sent, mails_refused) = self.email.handled(&run.name)?;
+        // Nobody refuses a notification: what a run publishes can be read.
+        let (notifications, _) = self.notification.handled(&run.name)?;
         Ok(Some(Sums {
-            mails_sent: self.email.handled(&run.name)?,
+            mails_sent,
+            mails_refused,
             in_doubt: self.email.seen("in doubt")?,
-            notifications: self.notification.handled(&run.name)?,
+            notifications,
             suppressed: self.email.seen("suppressed")? + self.notification.seen("suppressed")?,
             mailbox: match &self.mailbox {
                 Some(mailbox) => Some(mailbox.counts(&run.name)?),
@@ -72,7 +78,7 @@ impl Ledger {
             let sums = self.sums(run)?;
             if let Some(sums) = &sums {
                 each(sums);
-                let done = sums.mails_sent + sums.notifications + sums.run.published;
+                let done = sums.progress().0 + sums.run.published;
                 if done != last.0 || !sums.run.done {
                     last = (done, tokio::time::Instant::now());
                 }
@@ -91,14 +97,15 @@ impl Sums {
     /// How much of the run's work is done, and how much there is in all.
     pub fn progress(&self) -> (u64, u64) {
         (
-            self.mails_sent + self.notifications,
+            self.mails_sent + self.mails_refused + self.notifications,
             self.run.users + self.run.published,
         )
     }
 
+    /// Nothing more is to come, though some of it may be a dead letter.
     fn are_complete(&self) -> bool {
         self.run.done
-            && self.mails_sent >= self.run.users
+            && self.mails_sent + self.mails_refused >= self.run.users
             && self.notifications >= self.run.published
     }
 
@@ -121,6 +128,7 @@ impl Sums {
             line("users with a mail in the mailbox", recipients);
         }
         line("notifications", self.notifications);
+        line("mails refused for good", self.mails_refused);
         line(
             "all runs: mails in doubt that were sent again",
             self.in_doubt,
@@ -140,15 +148,14 @@ impl Sums {
             run.users + run.published,
             self.mails_sent + self.notifications,
         );
-        let lost = attempted.saturating_sub(done);
+        let lost = attempted.saturating_sub(done + self.mails_refused);
         let unwanted = self
             .mailbox
             .map_or(0, |(kept, _, _)| kept.saturating_sub(run.users));
         println!("{attempted} effects due / {done} done / {lost} lost / {unwanted} duplicate",);
-        let one_mail_each = self.mailbox.is_none_or(|(kept, _, recipients)| {
-            // Mails that were sent through another server are not in this mailbox.
-            kept == run.users && recipients == run.users
-        });
-        self.are_complete() && lost == 0 && one_mail_each
+        let one_mail_each = self
+            .mailbox
+            .is_none_or(|(kept, _, recipients)| kept == run.users && recipients == run.users);
+        self.are_complete() && self.mails_refused == 0 && lost == 0 && one_mail_each
     }
 }

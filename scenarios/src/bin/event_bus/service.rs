@@ -17,16 +17,19 @@ use crate::event::{ALL, CREATED, Event};
 use crate::mail::{Posted, Postman};
 use crate::shutdown::Stop;
 
-/// How many events an instance takes at a time.
-const BATCH: usize = 32;
-/// How many of them it handles at the same time: most of a mail's time is waiting.
+/// How many events an instance takes, and handles at the same time: most of a mail's time is waiting. It takes no more
+/// than that, as the time until an event must be acknowledged begins when it is taken.
 const AT_ONCE: usize = 8;
+/// How long an end waits for a server that may be away.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// What a dead letter's headers may take of the room that a message has.
+const HEADERS: usize = 8 * 1024;
 /// How often core NATS's services try, since nobody gives an event to them again.
 const TRIES: u32 = 5;
 
 pub enum Work {
     /// Sends a mail to each new user.
-    Email(Postman),
+    Email(Box<Postman>),
     /// Notes whatever happens to users, where a real one would push it to phones.
     Notification,
     /// The same on JetStream, from the first event that is kept: a service that came later.
@@ -167,12 +170,19 @@ impl Service {
             };
             self.attempt(&message.subject, &message.payload).await?;
         }
-        // The server sends nothing more; what it has sent is handled.
+        // The server sends nothing more; what it has sent is handled. That there is no more, it must say itself.
         subscriber.drain().await?;
-        while let Some(message) = subscriber.next().await {
+        loop {
+            let Ok(message) = tokio::time::timeout(PATIENCE, subscriber.next()).await else {
+                let name = self.name;
+                tracing::warn!("{name}: NATS does not answer; what it still had is lost");
+                return Ok(());
+            };
+            let Some(message) = message else {
+                return Ok(());
+            };
             self.attempt(&message.subject, &message.payload).await?;
         }
-        Ok(())
     }
 
     async fn attempt(&self, subject: &str, payload: &[u8]) -> Result<()> {
@@ -185,7 +195,9 @@ impl Service {
                     self.stop.within(delay(attempt.into())).await;
                     continue;
                 }
-                Outcome::Later(reason) | Outcome::Never(reason) => self.skip(subject, &reason),
+                Outcome::Later(reason) | Outcome::Never(reason) => {
+                    self.skip(subject, &one_line(&reason));
+                }
             }
             break;
         }
@@ -229,11 +241,13 @@ impl Service {
         consumer: &async_nats::jetstream::consumer::Consumer<pull::Config>,
     ) -> Result<(), Failure> {
         while !self.stop.is_set() {
-            let batch = consumer.batch().max_messages(BATCH);
+            let batch = consumer.batch().max_messages(AT_ONCE);
             let batch = batch.expires(Duration::from_secs(1)).messages().await;
             let batch = batch.map_err(Failure::bus)?.map_err(Failure::boxed);
+            // One failure does not end the others: they may be in the middle of a mail.
             batch
-                .try_for_each_concurrent(AT_ONCE, |message| async move {
+                .map(|message| async move {
+                    let message = message?;
                     // What this instance does not do any more, another one gets at once.
                     let ack = match self.stop.is_set() {
                         true => AckKind::Nak(None),
@@ -243,6 +257,8 @@ impl Service {
                     // answer means that after the end of this process there is none on its way.
                     message.double_ack_with(ack).await.map_err(Failure::boxed)
                 })
+                .buffer_unordered(AT_ONCE)
+                .fold(Ok(()), |first, next| async { first.and(next) })
                 .await?;
         }
         Ok(())
@@ -263,14 +279,21 @@ impl Service {
                 AckKind::Nak(Some(delay(info.delivered)))
             }
             Outcome::Never(reason) => {
-                let letter = PublishMessage::build()
-                    .payload(message.payload.clone())
-                    .header("reason", one_line(&reason))
+                let reason = one_line(&reason);
+                let mut letter = PublishMessage::build()
+                    .header("reason", reason.as_str())
                     .header("service", self.name)
                     .header("subject", one_line(&message.subject))
                     .header("sequence", info.stream_sequence.to_string())
                     // A kill between this and the answer: the same letter again, and stored once.
                     .message_id(format!("{}-{}", self.name, info.stream_sequence));
+                // An event can be as large as the server allows; with the letter's headers it would be larger.
+                let size = message.payload.len();
+                let room = self.bus.client.max_payload().saturating_sub(HEADERS);
+                if size > room {
+                    letter = letter.header("truncated-from", size.to_string());
+                }
+                let letter = letter.payload(message.payload.slice(..size.min(room)));
                 let sent = self
                     .bus
                     .jetstream
@@ -278,6 +301,10 @@ impl Service {
                     .await
                     .map_err(Failure::bus)?;
                 sent.await.map_err(Failure::bus)?;
+                // For the report, which would wait for it without an end.
+                if let Ok(event) = Event::read(&message.subject, &message.payload) {
+                    self.books.refuse(&event).map_err(Failure::Own)?;
+                }
                 self.skip(
                     &message.subject,
                     &format!("{reason}; it is in {}", crate::bus::DEAD_STREAM),
@@ -312,9 +339,12 @@ fn delay(attempt: i64) -> Duration {
     Duration::from_millis(doubled.min(30_000))
 }
 
-/// A header has one line.
+/// A header has one line, and a reason may quote the event, which is of any size.
 fn one_line(text: &str) -> String {
-    text.replace(char::is_control, " ")
+    text.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(500)
+        .collect()
 }
 
 /// What a service needs to be told when it starts.

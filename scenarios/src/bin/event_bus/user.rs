@@ -26,6 +26,8 @@ const TABLES: &str = "
         number INTEGER PRIMARY KEY, user_id TEXT NOT NULL, kind TEXT NOT NULL, event TEXT NOT NULL,
         published INTEGER NOT NULL
     );
+    -- To which stream the run's events went, by its time of creation; empty for core NATS.
+    CREATE TABLE IF NOT EXISTS streams (run TEXT PRIMARY KEY, stream TEXT NOT NULL) WITHOUT ROWID;
 ";
 /// How many events are on their way to the stream at the same time.
 const WINDOW: usize = 64;
@@ -61,26 +63,40 @@ impl Users {
     }
 
     /// The run that was interrupted, or a new one.
-    pub fn begin(&self, what: &What) -> Result<String> {
-        let db = self.0.lock();
-        let open = db
+    pub fn begin(&self, what: &What, stream: &str) -> Result<String> {
+        let mut db = self.0.lock();
+        let db = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        let open: Option<String> = db
             .query_row(
                 "SELECT run FROM runs WHERE users = ?1 AND NOT done",
                 [what.users],
                 |row| row.get(0),
             )
             .optional()?;
-        if let Some(run) = open {
-            return Ok(run);
-        }
-        let chance: String = std::iter::repeat_with(fastrand::lowercase)
-            .take(6)
-            .collect();
-        let run = format!("{}-{chance}", Utc::now().format("%y%m%d-%H%M%S"));
+        let run = open.unwrap_or_else(|| {
+            let chance: String = std::iter::repeat_with(fastrand::lowercase)
+                .take(6)
+                .collect();
+            format!("{}-{chance}", Utc::now().format("%y%m%d-%H%M%S"))
+        });
         db.execute(
-            "INSERT INTO runs VALUES (?1, (SELECT 1 + ifnull(max(number), 0) FROM runs), ?2, 0)",
+            "INSERT OR IGNORE INTO runs VALUES (?1, (SELECT 1 + ifnull(max(number), 0) FROM runs), ?2, 0)",
             params![run, what.users],
         )?;
+        // A stream that was deleted takes with it what nobody has handled yet: all again, to the new one. What was
+        // handled, the services' marks know.
+        let other = db.execute(
+            "INSERT INTO streams VALUES (?1, ?2)
+             ON CONFLICT DO UPDATE SET stream = excluded.stream WHERE stream <> excluded.stream",
+            params![run, stream],
+        )?;
+        if other > 0 {
+            db.execute(
+                "UPDATE outbox SET published = 0 WHERE user_id GLOB ?1",
+                [format!("{run}-*")],
+            )?;
+        }
+        db.commit()?;
         Ok(run)
     }
 

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use backon::{BackoffBuilder, ExponentialBuilder};
 use chrono::{DateTime, Utc};
 use rdkafka::consumer::{CommitMode, Consumer};
-use rdkafka::message::{Headers, OwnedMessage};
+use rdkafka::message::OwnedMessage;
 use rdkafka::{Message, Timestamp};
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
@@ -41,6 +41,11 @@ pub struct Batching {
 const MAX_BULK: usize = 8 << 20;
 /// Positions are committed this often. What a crash makes it read again is replaced by itself.
 const COMMIT: Duration = Duration::from_millis(100);
+/// A dead letter that would be larger than this is cut. A record that was written compressed can be larger than what
+/// Kafka takes of this program.
+const MAX_LETTER: usize = 8 << 20;
+/// How much is then kept of its payload, of its key and of its headers each.
+const KEPT: usize = 1 << 20;
 /// A store that is silent for so long is not waited for: the partitions are paused.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -251,7 +256,11 @@ enum Failure {
 
 impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Failure {
-        Failure::Passing(error.into())
+        let error = error.into();
+        if kafka::is_final(&error) {
+            return Failure::Final(error.context("Kafka does not allow the aggregator's work"));
+        }
+        Failure::Passing(error)
     }
 }
 
@@ -380,7 +389,6 @@ impl Work<'_> {
                     self.link.fine();
                     if self.hand.batch.is_empty() {
                         self.hand.since = Instant::now();
-                        self.hand.bytes = 0;
                     }
                     self.hand.bytes += record.payload_len();
                     self.hand.batch.push(record.detach());
@@ -413,6 +421,7 @@ impl Work<'_> {
 
     fn send(&mut self) {
         let records = std::mem::take(&mut self.hand.batch);
+        self.hand.bytes = 0;
         let mut positions = Offsets::new();
         for record in &records {
             positions.insert(record.partition(), record.offset() + 1);
@@ -630,27 +639,40 @@ fn dead_letter(topic: &str, record: &OwnedMessage, reason: &str) -> Outgoing {
         record.partition(),
         record.offset()
     );
-    let mut headers: Vec<(String, Vec<u8>)> = record
-        .headers()
-        .into_iter()
-        .flat_map(|headers| headers.iter())
+    let mut headers: Vec<(String, Vec<u8>)> = kafka::readable(record.headers())
         .map(|header| {
             let value = header.value.unwrap_or_default().to_vec();
             (header.key.to_owned(), value)
         })
         .collect();
-    for (key, value) in [
+    let mut key = record.key().map(<[u8]>::to_vec);
+    let mut payload = record.payload().map(<[u8]>::to_vec);
+    let in_headers: usize = headers
+        .iter()
+        .map(|(name, value)| name.len() + value.len())
+        .sum();
+    let size = in_headers + key.as_ref().map_or(0, Vec::len) + payload.as_ref().map_or(0, Vec::len);
+    if size > MAX_LETTER {
+        for part in [&mut key, &mut payload].into_iter().flatten() {
+            part.truncate(KEPT);
+        }
+        if in_headers > KEPT {
+            headers.clear();
+        }
+        headers.push(("truncated_from".to_owned(), size.to_string().into_bytes()));
+    }
+    for (name, value) in [
         ("reason", reason.to_owned()),
         ("topic", record.topic().to_owned()),
         ("partition", record.partition().to_string()),
         ("offset", record.offset().to_string()),
     ] {
-        headers.push((key.to_owned(), value.into_bytes()));
+        headers.push((name.to_owned(), value.into_bytes()));
     }
     Outgoing {
         topic: topic.to_owned(),
-        key: record.key().map(<[u8]>::to_vec),
-        payload: record.payload().map(<[u8]>::to_vec),
+        key,
+        payload,
         headers,
     }
 }

@@ -80,18 +80,23 @@ impl Bench<'_> {
                 batch: LARGE,
                 ..self.batching
             };
-            self.runtime.block_on(store.prepare("none"))?;
             let through = Store::new(&format!("{}-through", store.index))?;
-            let took = [
-                self.straight(file, &store, self.batching)?,
-                self.straight(file, &store, large)?,
-                match self.through(file, &through)? {
-                    Some(took) => took,
-                    None => return Ok(None),
-                },
-            ];
-            self.runtime.block_on(store.clear())?;
-            self.runtime.block_on(through.clear())?;
+            let measured: Result<Option<[Duration; 3]>> = (|| {
+                self.runtime.block_on(store.prepare("none"))?;
+                let straight = self.straight(file, &store, self.batching)?;
+                let large = self.straight(file, &store, large)?;
+                let through = self.through(file, &through)?;
+                Ok(through.map(|through| [straight, large, through]))
+            })();
+            // Also after Ctrl-C or an error, which is the one to report then.
+            let cleared = self.runtime.block_on(async {
+                store.clear().await?;
+                through.clear().await
+            });
+            let Some(took) = measured? else {
+                return Ok(None);
+            };
+            cleared?;
             let mut said = String::new();
             for (rates, took) in rates.iter_mut().zip(took) {
                 let rate = self.entries as f64 / took.as_secs_f64();
@@ -178,7 +183,7 @@ impl Bench<'_> {
             ingested: &ingested,
             stop: self.stop,
         };
-        let took = thread::scope(|threads| -> Result<Option<Duration>> {
+        let measured = thread::scope(|threads| -> Result<Option<Duration>> {
             let aggregating = threads.spawn(|| aggregator.run());
             let measured = (|| {
                 while !meter.get().assigned {
@@ -200,9 +205,11 @@ impl Bench<'_> {
                 .join()
                 .map_err(|_| anyhow!("a thread panicked"))??;
             measured
-        })?;
+        });
+        let deleted = kafka.delete_topics();
+        let took = measured?;
+        deleted?;
         let stored = self.runtime.block_on(store.count(None))?;
-        kafka.delete_topics()?;
         if took.is_some() && stored != self.entries {
             bail!("{stored} documents of {} entries", self.entries);
         }

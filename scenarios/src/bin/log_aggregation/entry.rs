@@ -45,8 +45,8 @@ struct Found {
     service: Option<String>,
     level: String,
     message: String,
-    /// Further fields of the document, with their values as JSON.
-    fields: Vec<(String, String)>,
+    /// A further field of the document, with its value as JSON.
+    more: Option<(&'static str, String)>,
     format: &'static str,
 }
 
@@ -71,7 +71,7 @@ impl Entry {
                     service: None,
                     level: UNPARSED.to_owned(),
                     message: text.clone().into_owned(),
-                    fields: Vec::new(),
+                    more: None,
                     format: "unparsed",
                 },
                 Some(reason),
@@ -110,7 +110,7 @@ impl Entry {
             service: Some(service.to_owned()),
             level: level.to_owned(),
             message,
-            fields: Vec::new(),
+            more: None,
             format: "generated",
         };
         found.into_entry(service, ingested, true)
@@ -128,7 +128,7 @@ impl Found {
         document.text("service", &service);
         document.text("level", &self.level);
         document.text("message", &self.message);
-        for (name, value) in &self.fields {
+        if let Some((name, value)) = &self.more {
             document.raw(name, value);
         }
         document.raw("ingested", &ingested.close());
@@ -167,18 +167,19 @@ fn quote(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
-/// The names under which loggers write the four fields, the first one that is there counts. What is left
-/// over stays in the document under its own name.
+/// The names under which loggers write the four fields, the first one that is there counts. What is left over goes to
+/// the object `fields`: beside these, a name such as `service.version` would be a field below `service`, which is a
+/// text, and the store would refuse the document.
 const TIME: &[&str] = &["timestamp", "@timestamp", "time", "ts"];
-const SERVICE: &[&str] = &["service", "app", "logger"];
-const LEVEL: &[&str] = &["level", "severity", "lvl"];
+const SERVICE: &[&str] = &["service", "service.name", "app", "logger"];
+const LEVEL: &[&str] = &["level", "log.level", "severity", "lvl"];
 const MESSAGE: &[&str] = &["message", "msg"];
 
 fn from_json(text: &str) -> Result<Found, String> {
     let Fields(mut fields) =
         serde_json::from_str(text).map_err(|error| format!("not a JSON object: {error}"))?;
-    if fields.iter().any(|(name, _)| name == "ingested") {
-        return Err("it has a field named ingested".to_owned());
+    for (name, value) in &fields {
+        check(name, value, 0)?;
     }
     let mut take = |names: &[&str]| {
         let at = names
@@ -202,13 +203,54 @@ fn from_json(text: &str) -> Result<Found, String> {
         level: scalar(take(LEVEL))?.map_or_else(|| "UNKNOWN".to_owned(), |level| tidy(&level)),
         message: scalar(take(MESSAGE))?.unwrap_or_default(),
         format: "json",
-        fields: Vec::new(),
+        more: None,
     };
-    let fields = fields
-        .into_iter()
-        .map(|(name, value)| (name, value.get().to_owned()))
-        .collect();
-    Ok(Found { fields, ..found })
+    if fields.is_empty() {
+        return Ok(found);
+    }
+    let mut rest = Object::default();
+    for (name, value) in fields {
+        rest.raw(&name, value.get());
+    }
+    Ok(Found {
+        more: Some(("fields", rest.close())),
+        ..found
+    })
+}
+
+/// Is JSON, and yet something that the store, or who reads from it, does not take.
+fn check(name: &str, value: &RawValue, depth: u32) -> Result<(), String> {
+    let json = value.get();
+    if depth > 50 {
+        return Err("it is nested too deeply".to_owned());
+    }
+    if name.len() > 1000 {
+        return Err("the name of a field is too long".to_owned());
+    }
+    match json.as_bytes().first() {
+        Some(b'{') => {
+            let Fields(fields) = serde_json::from_str(json).map_err(|error| error.to_string())?;
+            fields
+                .iter()
+                .try_for_each(|(name, value)| check(name, value, depth + 1))
+        }
+        Some(b'[') => {
+            let items: Vec<Box<RawValue>> =
+                serde_json::from_str(json).map_err(|error| error.to_string())?;
+            items
+                .iter()
+                .try_for_each(|value| check("", value, depth + 1))
+        }
+        Some(b'"') => match serde_json::from_str::<String>(json) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        },
+        Some(b'-' | b'0'..=b'9') => match json.parse::<f64>() {
+            Ok(number) if number.is_finite() && json.len() < 500 => Ok(()),
+            _ => Err("a number is too large".to_owned()),
+        },
+        _ => Ok(()),
+    }
 }
 
 /// The fields of an object in their order, as they are written. One that is there twice is an error, as it
@@ -335,7 +377,7 @@ fn from_access_log(line: &str) -> Option<Found> {
         service: None,
         level: level.to_owned(),
         message: format!("{request} {status} {bytes}"),
-        fields: vec![("http".to_owned(), http.close())],
+        more: Some(("http", http.close())),
         format: "combined",
     })
 }
@@ -408,11 +450,20 @@ mod tests {
         );
         assert!(
             document.json.starts_with(
-                r#"{"timestamp":"2026-01-02T03:04:05.678Z","service":"a","level":"WARN","message":"m","n":0.10,"big":12345678901234567890123,"deep":{"x":[1]},"ingested":{"#
+                r#"{"timestamp":"2026-01-02T03:04:05.678Z","service":"a","level":"WARN","message":"m","fields":{"n":0.10,"big":12345678901234567890123,"deep":{"x":[1]}},"ingested":{"#
             ),
             "{}",
             document.json
         );
+    }
+
+    #[test]
+    fn elastic_common_schema() {
+        let document = read(br#"{"@timestamp":"2026-01-02T03:04:05Z","log.level":"warn","message":"m","service.name":"pay","service.version":"1.2","ingested":1}"#);
+        assert_eq!(document["service"], "pay");
+        assert_eq!(document["level"], "WARN");
+        let rest = json!({ "service.version": "1.2", "ingested": 1 });
+        assert_eq!(document["fields"], rest);
     }
 
     #[test]
@@ -438,7 +489,18 @@ mod tests {
             r#"{"a":1,"a":2}"#,
             r#"{"timestamp":"yesterday"}"#,
             r#"{"timestamp":"2026-01-01T00:00:00Z","level":{}}"#,
-            r#"{"timestamp":"2026-01-01T00:00:00Z","ingested":1}"#,
+            r#"{"timestamp":"2026-01-01T00:00:00Z","x":[{"a":1,"\u0061":2}]}"#,
+            r#"{"timestamp":"2026-01-01T00:00:00Z","x":"\ud800"}"#,
+            r#"{"timestamp":"2026-01-01T00:00:00Z","x":1e999}"#,
+            &format!(
+                r#"{{"timestamp":"2026-01-01T00:00:00Z","x":{}{}}}"#,
+                "[".repeat(60),
+                "]".repeat(60)
+            ),
+            &format!(
+                r#"{{"timestamp":"2026-01-01T00:00:00Z","x":1{}}}"#,
+                "0".repeat(1000)
+            ),
             "\u{0}\u{1b}[31m\u{7f}",
             r#"1.1.1.1 - - [99/Oct/2000:13:55:36 -0700] "GET / HTTP/1.0" 200 1"#,
         ] {

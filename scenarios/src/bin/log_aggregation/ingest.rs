@@ -173,6 +173,9 @@ impl Ingest<'_> {
             let records = self.records(&key, &batch, &next)?;
             // The batch stays in hand until Kafka says what became of it.
             while let Err(error) = producer.commit(&records, None) {
+                if kafka::is_final(&error) {
+                    return Err(error.context("Kafka does not take what was read"));
+                }
                 fencings += i32::from(kafka::is_fencing(&error));
                 link.lost(&format!("{error:#}"));
                 kafka::retire(producer);
@@ -216,6 +219,9 @@ impl Ingest<'_> {
                 .and_then(|producer| Ok((producer, self.read_progress(key)?)));
             match attempt {
                 Ok(connected) => return Ok(Some(connected)),
+                Err(error) if kafka::is_final(&error) => {
+                    return Err(error.context("Kafka does not allow to ingest"));
+                }
                 Err(error) => {
                     *fencings += i32::from(kafka::is_fencing(&error));
                     link.lost(&format!("{error:#}"));

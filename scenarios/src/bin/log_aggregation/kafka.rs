@@ -1,8 +1,9 @@
 //! The Kafka side: topics, the transactions that `ingest` writes in, the group that the aggregator reads in.
 
 use std::collections::{BTreeMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use rdkafka::consumer::{
     BaseConsumer, Consumer, ConsumerContext, ConsumerGroupMetadata, Rebalance,
 };
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
-use rdkafka::message::{BorrowedMessage, DeliveryResult, Header, OwnedHeaders};
+use rdkafka::message::{BorrowedMessage, DeliveryResult, Header, Headers, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext};
 use rdkafka::{Offset, TopicPartitionList};
 
@@ -35,6 +36,8 @@ pub const RUN: &str = "run";
 pub struct Quiet {
     revoked: AtomicBool,
     commit_failed: AtomicBool,
+    /// Why a record of the transaction cannot be delivered, when that will never change.
+    refused: Mutex<Option<KafkaError>>,
 }
 
 impl Quiet {
@@ -77,8 +80,15 @@ impl ConsumerContext for Quiet {
 impl ProducerContext for Quiet {
     type DeliveryOpaque = ();
 
-    // Nothing to do: a record that could not be delivered makes the commit of its transaction fail.
-    fn delivery(&self, _result: &DeliveryResult<'_>, _opaque: ()) {}
+    // A record that could not be delivered makes the commit of its transaction fail, which does not say why.
+    fn delivery(&self, result: &DeliveryResult<'_>, _opaque: ()) {
+        if let Err((error, _)) = result
+            && is_refusal(error)
+        {
+            let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+            *refused = Some(error.clone());
+        }
+    }
 }
 
 pub type Reader = BaseConsumer<Quiet>;
@@ -348,6 +358,18 @@ impl Transactions {
         records: &[Outgoing],
         positions: Option<(&str, &Offsets, &ConsumerGroupMetadata)>,
     ) -> Result<()> {
+        self.attempt(records, positions).map_err(|error| {
+            let refused = &self.0.context().refused;
+            let refused = refused.lock().unwrap_or_else(PoisonError::into_inner);
+            refused.clone().map_or(error, Into::into)
+        })
+    }
+
+    fn attempt(
+        &self,
+        records: &[Outgoing],
+        positions: Option<(&str, &Offsets, &ConsumerGroupMetadata)>,
+    ) -> Result<()> {
         self.0.begin_transaction()?;
         for record in records {
             let headers = record
@@ -408,6 +430,40 @@ pub fn is_fencing(error: &anyhow::Error) -> bool {
         Some(error) => error.rdkafka_error_code() == Some(FencedInstanceId),
         None => false,
     }
+}
+
+/// Whether it will be the same each time: a limit or a right of the broker, which only its owner can change.
+pub fn is_final(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<KafkaError>().is_some_and(is_refusal)
+}
+
+fn is_refusal(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode::{
+        ClusterAuthorizationFailed, GroupAuthorizationFailed, MessageSizeTooLarge,
+        TopicAuthorizationFailed, TransactionalIdAuthorizationFailed,
+    };
+    let code = match error {
+        KafkaError::Transaction(error) => Some(error.code()),
+        error => error.rdkafka_error_code(),
+    };
+    matches!(
+        code,
+        Some(
+            ClusterAuthorizationFailed
+                | GroupAuthorizationFailed
+                | MessageSizeTooLarge
+                | TopicAuthorizationFailed
+                | TransactionalIdAuthorizationFailed
+        )
+    )
+}
+
+/// The headers whose names are UTF-8. The crate panics at any other name, which any other client can write.
+pub fn readable<H: Headers>(headers: Option<&H>) -> impl Iterator<Item = Header<'_, &[u8]>> {
+    headers.into_iter().flat_map(|headers| {
+        let read = |at| catch_unwind(AssertUnwindSafe(|| headers.try_get(at)));
+        (0..headers.count()).filter_map(move |at| read(at).ok().flatten())
+    })
 }
 
 /// Whether a consumer that reports this gets over it by itself.

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 use rdkafka::Message;
-use rdkafka::message::{BorrowedMessage, Headers};
+use rdkafka::message::BorrowedMessage;
 use serde_json::json;
 use tokio::runtime::Handle;
 
 use crate::aggregate::{self, Tally};
 use crate::ingest::Progress;
-use crate::kafka::{Kafka, Offsets, RUN};
+use crate::kafka::{self, Kafka, Offsets, RUN};
 use crate::search;
 use crate::shutdown::Stop;
 use crate::store::Store;
@@ -119,10 +119,7 @@ pub fn judge(
     let run = progress.map(|progress| progress.run.as_str());
     let ours = |record: &BorrowedMessage<'_>| {
         let Some(run) = run else { return true };
-        record
-            .headers()
-            .into_iter()
-            .flat_map(|headers| headers.iter())
+        kafka::readable(record.headers())
             .any(|header| header.key == RUN && header.value == Some(run.as_bytes()))
     };
     let count = |topic: &str, starts: &Offsets| {

@@ -108,15 +108,18 @@ pub async fn search(store: &Store, text: &str, last: Option<&str>, show: usize) 
             }))
             .await?;
         for hit in newest["hits"]["hits"].as_array().into_iter().flatten() {
-            let text = |field: &str| hit["_source"][field].as_str().unwrap_or("-").to_owned();
-            let message: String = text("message").chars().take(200).collect();
-            // A log can hold what a terminal obeys.
-            let message = message.replace(char::is_control, "\u{b7}");
+            let text = |field: &str| -> String {
+                let text = hit["_source"][field].as_str().unwrap_or("-");
+                let text: String = text.chars().take(200).collect();
+                // A log can hold what a terminal obeys.
+                text.replace(char::is_control, "\u{b7}")
+            };
             println!(
-                "{} {:<8} {:<12} {message}",
+                "{} {:<8} {:<12} {}",
                 text("timestamp"),
                 text("level"),
-                text("service")
+                text("service"),
+                text("message")
             );
         }
     }

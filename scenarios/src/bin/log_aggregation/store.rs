@@ -14,6 +14,18 @@ use serde_json::{Value, json};
 /// Longer than a store needs for a hundred entries, even a busy one.
 const REQUEST: Duration = Duration::from_secs(30);
 
+/// What a store says of a document when its index cannot be made or written to: a disk that is full, too many shards, a
+/// right that is missing. No document is to blame, and none may be buried for it.
+const OF_THE_INDEX: [&str; 7] = [
+    "cluster_block_exception",
+    "index_closed_exception",
+    "index_create_block_exception",
+    "index_not_found_exception",
+    "resource_already_exists_exception",
+    "security_exception",
+    "validation_exception",
+];
+
 #[derive(Clone)]
 pub struct Store {
     http: Client,
@@ -204,8 +216,10 @@ impl Store {
             (status, error) => {
                 let error = error.unwrap_or_default();
                 let why = format!("{status} {}", explain(&error));
-                // A disk that is full makes the store block its indices, and no document is to blame.
-                if status == 429 || status >= 500 || error["type"] == "cluster_block_exception" {
+                let of_the_index = error["type"]
+                    .as_str()
+                    .is_some_and(|kind| OF_THE_INDEX.contains(&kind));
+                if status == 429 || status >= 500 || of_the_index {
                     Verdict::Later(why)
                 } else {
                     Verdict::Refused(why)
@@ -256,7 +270,7 @@ impl Store {
 }
 
 /// Fields that are not named are kept in the document and not indexed: a log with a thousand different
-/// fields must not become a mapping of a thousand fields.
+/// fields must not become a mapping of a thousand fields. What is below `fields` is not even looked at.
 fn mapping() -> Value {
     let keyword = json!({ "type": "keyword", "ignore_above": 256 });
     let kept = json!({ "type": "keyword", "index": false, "doc_values": false });
@@ -267,6 +281,7 @@ fn mapping() -> Value {
             "service": keyword,
             "level": keyword,
             "message": { "type": "text" },
+            "fields": { "type": "object", "enabled": false },
             "http": {
                 "dynamic": false,
                 "properties": { "client": keyword, "status": { "type": "integer" } },
@@ -323,5 +338,6 @@ fn explain(error: &Value) -> String {
     if parts.is_empty() {
         return error.to_string();
     }
-    parts.join(" <- ")
+    // It may quote the document.
+    parts.join(" <- ").chars().take(1000).collect()
 }

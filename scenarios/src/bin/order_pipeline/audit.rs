@@ -95,7 +95,7 @@ impl History {
         if self.run.is_some() && event::header(record.headers(), RUN) != self.run.as_deref() {
             return;
         }
-        match Order::from_topic(record.topic(), record.payload()) {
+        match Order::from_record(record) {
             // Others write to the topic too, and may write an order twice, which the stages suppress.
             // `place` never does, and all that it writes names its run.
             Ok(order)
@@ -417,12 +417,18 @@ pub fn wait_and_judge(
     watch(kafka, run.clone(), &starts, stop, |history, at_end| {
         at_end && history.finals >= history.orders() || Instant::now() > deadline
     })?;
+    await_settled(kafka, deadline, stop)?;
+    judge(kafka, state, run, &starts)
+}
+
+/// Waits until no transaction is open: the one of a process that was killed is, until the broker aborts it.
+pub fn await_settled(kafka: &Kafka, deadline: Instant, stop: &Stop) -> Result<()> {
     while !kafka.is_settled(ORDERS)? {
         if Instant::now() > deadline || stop.within(Duration::from_millis(200)) {
             break;
         }
     }
-    judge(kafka, state, run, &starts)
+    Ok(())
 }
 
 #[cfg(test)]

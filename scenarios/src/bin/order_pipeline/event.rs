@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use rdkafka::Message;
 use rdkafka::message::{Header, Headers, OwnedHeaders};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -98,6 +100,14 @@ pub struct Order {
 }
 
 impl Order {
+    pub fn from_record(record: &impl Message) -> Result<Order, String> {
+        let headers = record.headers();
+        if readable(headers).count() != headers.map_or(0, Headers::count) {
+            return Err("the name of a header is not UTF-8".into());
+        }
+        Order::from_topic(record.topic(), record.payload())
+    }
+
     /// Reads an event from `topic`.
     pub fn from_topic(topic: &str, payload: Option<&[u8]>) -> Result<Order, String> {
         let order = Order::parse(payload.unwrap_or_default(), None)?;
@@ -203,9 +213,7 @@ pub fn owner(topic: &str, payload: Option<&[u8]>) -> &'static str {
 /// a trace context, travels on, up to a size that leaves room for the event; only the time is new.
 pub fn follow(headers: Option<&OwnedHeaders>) -> OwnedHeaders {
     let mut room = MAX_EVENT;
-    headers
-        .into_iter()
-        .flat_map(|headers| headers.iter())
+    readable(headers)
         .filter(|header| header.key != AT)
         .take_while(|header| {
             let size = header.key.len() + header.value.map_or(0, <[u8]>::len);
@@ -222,8 +230,16 @@ pub fn follow(headers: Option<&OwnedHeaders>) -> OwnedHeaders {
 
 /// The value of a header, if it is there and is text.
 pub fn header<'a>(headers: Option<&'a impl Headers>, key: &str) -> Option<&'a str> {
-    let header = headers?.iter().find(|header| header.key == key)?;
+    let header = readable(headers).find(|header| header.key == key)?;
     std::str::from_utf8(header.value?).ok()
+}
+
+/// The headers whose names are UTF-8. The crate panics at any other name, which any other client can write.
+fn readable<H: Headers>(headers: Option<&H>) -> impl Iterator<Item = Header<'_, &[u8]>> {
+    headers.into_iter().flat_map(|headers| {
+        let read = |at| catch_unwind(AssertUnwindSafe(|| headers.try_get(at)));
+        (0..headers.count()).filter_map(move |at| read(at).ok().flatten())
+    })
 }
 
 /// Microseconds since 1970.

@@ -387,6 +387,9 @@ fn everything(cli: &Cli, stop: &Stop) -> Result<bool> {
         );
         return Ok(false);
     }
+    // Not ours, which have all ended: that of a stage or of a `place` elsewhere, or of one that was killed just now.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    audit::await_settled(&kafka, deadline, &Stop::default())?;
     let (history, ledger) = audit::judge(&kafka, &state, Some(placed.run.clone()), &placed.starts)?;
     let after = audit::suppressed(&state);
     let names = ["inventory", "payment", "shipping"];

@@ -243,7 +243,7 @@ impl<S: Service> Stage<'_, S> {
         let mut outgoing = Vec::new();
         let mut replays = 0;
         for record in batch {
-            let order = match Order::from_topic(record.topic(), record.payload()) {
+            let order = match Order::from_record(record) {
                 Ok(order) => order,
                 Err(reason) => {
                     if event::owner(record.topic(), record.payload()) == S::NAME {
@@ -315,6 +315,8 @@ fn dead_letter(stage: &str, record: &OwnedMessage, reason: &str) -> Outgoing {
         record.partition(),
         record.offset()
     );
+    // It may quote the record.
+    let reason: String = reason.chars().take(500).collect();
     let partition = record.partition().to_string();
     let offset = record.offset().to_string();
     let payload = record.payload().map(<[u8]>::to_vec);
@@ -323,7 +325,7 @@ fn dead_letter(stage: &str, record: &OwnedMessage, reason: &str) -> Outgoing {
         partition: None,
         key: record.key().map(<[u8]>::to_vec),
         headers: [
-            ("reason", reason),
+            ("reason", reason.as_str()),
             ("stage", stage),
             ("topic", record.topic()),
             ("partition", &partition),

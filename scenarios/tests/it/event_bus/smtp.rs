@@ -19,6 +19,10 @@ pub struct Mail {
 pub enum Fault {
     /// Not now.
     Busy,
+    /// Not at this point of the dialogue.
+    Sequence,
+    /// Never.
+    Refuse,
     /// The mail is accepted, and the sender never learns it.
     Hold,
 }
@@ -87,7 +91,7 @@ fn serve(
                 }
             }
             let fault = lock(faults).pop_front();
-            if fault != Some(Fault::Busy) {
+            if matches!(fault, None | Some(Fault::Hold)) {
                 let recipient = recipient.clone();
                 lock(mails).push(Mail { recipient, id });
             }
@@ -96,6 +100,8 @@ fn serve(
             }
             match fault {
                 Some(Fault::Busy) => "451 busy",
+                Some(Fault::Sequence) => "503 bad sequence of commands",
+                Some(Fault::Refuse) => "550 not for this user",
                 Some(Fault::Hold) => loop {
                     thread::park();
                 },

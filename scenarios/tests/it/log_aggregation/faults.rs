@@ -2,14 +2,17 @@
 
 use std::collections::HashSet;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use compose::{Broker, Service};
 use rdkafka::Message;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
 use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
 
 use super::http::{Fault, Proxy};
-use super::{ALONE, MINUTE, await_count, count, dead_letters, find, header, program, store};
+use super::{ALONE, MINUTE, await_count, count, dead_letters, find, get, header, program, store};
+use crate::odd_header;
 
 #[test]
 fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
@@ -29,9 +32,17 @@ fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
     // What no store takes, what no line of ours would be, and what is unusual and fine.
     let vandal: BaseProducer<DefaultProducerContext> = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
+        .set("message.max.bytes", "30000000")
+        .set("compression.type", "lz4")
         .create()?;
     let time = r#""timestamp":"2026-01-02T03:04:05Z""#;
+    // Compressed, it is small enough for the topic; its dead letter can only be a part of it.
+    let large = format!(
+        r#"{{{time},"level":{{"deep":"{}"}}}}"#,
+        "x".repeat(20_000_000)
+    );
     let refused = [
+        large,
         format!(r#"{{{time},"level":{{"deep":1}}}}"#),
         format!(r#"{{{time},"http":"no object"}}"#),
         format!(r#"{{{time},"service":"a","service":"b"}}"#),
@@ -53,6 +64,9 @@ fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
             .map_err(|(error, _)| error)?;
     }
     vandal.flush(MINUTE)?;
+    // The client panics at such a header.
+    let named = format!(r#"{{{time},"level":{{"deep":2}}}}"#);
+    odd_header::write(&kafka.address(), "logs", named.as_bytes())?;
 
     let faults = [
         Fault::Status(429),
@@ -60,7 +74,7 @@ fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
         Fault::Status(503),
         Fault::Cut,
         Fault::Status(500),
-        Fault::OneItemLater,
+        Fault::OneIndexLater,
         Fault::Cut,
         Fault::Hold,
     ];
@@ -108,13 +122,101 @@ fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
         .collect();
     payloads.sort();
     let mut expected = refused.to_vec();
+    expected[0].truncate(1 << 20);
+    expected.push(named);
     expected.sort();
-    assert_eq!(payloads, expected);
+    assert!(payloads == expected, "{} dead letters", payloads.len());
     for letter in &dead {
         let reason = header(letter, "reason").context("no reason")?;
         assert!(reason.starts_with("400 "), "{reason}");
         assert!(header(letter, "offset").is_some());
     }
+    Ok(())
+}
+
+#[test]
+fn what_kafka_does_not_take_ends_with_a_readable_error() -> Result<()> {
+    let _shared = ALONE.read();
+    let kafka = Broker::private(Service::Kafka)?;
+    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    let topic =
+        NewTopic::new("small", 1, TopicReplication::Fixed(1)).set("max.message.bytes", "2000");
+    let (topics, options) = ([topic], AdminOptions::new());
+    futures::executor::block_on(admin.create_topics(&topics, &options))?;
+    let noise: String = std::iter::repeat_with(fastrand::alphanumeric)
+        .take(10_000)
+        .collect();
+    let args = ["ingest", "-", "--topic", "small", "--produce-only"];
+    let ended = program(&kafka, &store()?.address(), "small", &args)
+        .stdin(noise)
+        .spawn()?
+        .wait(MINUTE)?;
+    assert_eq!(ended.code(), 1);
+    assert!(
+        ended.stderr.contains("Kafka does not take what was read")
+            && ended.stderr.contains("size too large"),
+        "{}",
+        ended.stderr
+    );
+    Ok(())
+}
+
+#[test]
+fn ctrl_c_does_not_wait_for_a_store_that_takes_nothing() -> Result<()> {
+    let _shared = ALONE.read();
+    let kafka = Broker::private(Service::Kafka)?;
+    let proxy = Proxy::start(&store()?.address(), &[Fault::Status(503); 1000])?;
+    let run = |store: &str| {
+        let args = ["--entries", "700", "--instance", "one"];
+        program(&kafka, store, "patience", &args).spawn()
+    };
+    let mut first = run(&proxy.address)?;
+    proxy.happened.recv_timeout(MINUTE)?;
+    first.interrupt()?;
+    let first = first.wait(MINUTE)?;
+    assert_eq!(first.code(), 1);
+    assert!(
+        first
+            .stdout
+            .contains("0 of 700 entries are stored; run it again"),
+        "{}",
+        first.stdout
+    );
+    Ok(())
+}
+
+#[test]
+fn the_bench_leaves_nothing_behind() -> Result<()> {
+    let _shared = ALONE.read();
+    let kafka = Broker::private(Service::Kafka)?;
+    let bench = |entries: &str, rounds: &str| {
+        let args = ["bench", "--entries", entries, "--rounds", rounds];
+        program(&kafka, &store()?.address(), "bench", &args).spawn()
+    };
+    let left = || -> Result<usize> {
+        let all = get("/_cat/indices?format=json")?;
+        let all = all.as_array().context("no list")?;
+        let ours = |index: &&serde_json::Value| {
+            index["index"]
+                .as_str()
+                .is_some_and(|name| name.starts_with("bench-"))
+        };
+        Ok(all.iter().filter(ours).count())
+    };
+    let stdout = bench("500", "1")?.wait(2 * MINUTE)?.ok()?.stdout;
+    assert!(stdout.contains("file -> Kafka -> store, 100"), "{stdout}");
+    assert_eq!(left()?, 0);
+
+    let mut interrupted = bench("5000", "100")?;
+    interrupted.wait_for("round 1:", 2 * MINUTE)?;
+    while left()? == 0 {
+        ensure!(interrupted.try_wait()?.is_none(), "it has ended");
+    }
+    interrupted.interrupt()?;
+    assert_eq!(interrupted.wait(2 * MINUTE)?.code(), 1);
+    assert_eq!(left()?, 0);
     Ok(())
 }
 

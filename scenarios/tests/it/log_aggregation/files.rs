@@ -6,7 +6,7 @@ use std::io::Write;
 use anyhow::Result;
 use compose::{Broker, Service};
 
-use super::{ALONE, MINUTE, await_count, find, path, program, store};
+use super::{ALONE, MINUTE, await_count, count, find, path, program, store};
 
 #[test]
 fn a_file_is_followed_over_rotation_truncation_and_a_kill() -> Result<()> {
@@ -100,5 +100,51 @@ fn a_file_is_followed_over_rotation_truncation_and_a_kill() -> Result<()> {
     ];
     expected.sort_unstable();
     assert_eq!(messages, expected);
+    Ok(())
+}
+
+/// Fields whose names lie below others, or are none: the line is a document all the same.
+#[test]
+fn whatever_fields_a_json_line_has_it_is_a_document() -> Result<()> {
+    let _shared = ALONE.read();
+    let kafka = Broker::private(Service::Kafka)?;
+    let index = "fields";
+    let time = r#""@timestamp":"2026-01-02T03:04:05Z""#;
+    let lines = [
+        format!(
+            r#"{{{time},"log.level":"info","message":"m","service.name":"pay","service.version":"1.2"}}"#
+        ),
+        format!(
+            r#"{{{time},"level":"info","level.code":6,"message.id":1,"http.method":"GET","timestamp.ns":1}}"#
+        ),
+        format!(
+            r#"{{{time},"http":"text","ingested":{{"line":"none"}},"fields":[1,{{"a":"b"}}]}}"#
+        ),
+        format!(r#"{{{time},"":1,".":2,"a..b":3,"a":{{".":{{}}}}}}"#),
+        format!(r#"{{{time},"a":{{"b":1,"b":2}}}}"#),
+        format!(r#"{{{time},"service":"\u001b[2J","level":"\u0007info"}}"#),
+    ];
+    let run = |args: &[&str]| {
+        program(&kafka, &store()?.address(), index, args)
+            .stdin(lines.join("\n"))
+            .spawn()?
+            .wait(MINUTE)?
+            .ok()
+    };
+    let report = run(&["ingest", "-"])?.stdout;
+    let balance = format!("{} stored / 0 dead letters", lines.len());
+    assert!(report.contains(&balance), "{report}");
+    assert_eq!(count(index)?, lines.len() as u64);
+    // The one that has a field twice.
+    assert_eq!(find(index, "level:UNPARSED")?.len(), 1);
+    let found = find(index, "service:pay AND level:INFO")?;
+    assert_eq!(found[0]["_source"]["fields"]["service.version"], "1.2");
+
+    let shown = run(&["search", "*"])?.stdout;
+    let obeyed = |c: char| c.is_control() && c != '\n';
+    assert!(
+        shown.contains("\u{b7}[2J") && !shown.contains(obeyed),
+        "{shown:?}"
+    );
     Ok(())
 }

@@ -96,6 +96,8 @@ pub enum Fault {
     Status(u16),
     /// The store takes it, and one item of its answer is changed to 429.
     OneItemLater,
+    /// The store takes it, and one item of its answer says that there are too many shards for a new index.
+    OneIndexLater,
     /// The store takes it, and the connection ends without an answer.
     Cut,
     /// The store takes it, and the answer never comes.
@@ -154,7 +156,7 @@ fn serve(
             .unwrap_or_else(PoisonError::into_inner)
             .pop_front()
     });
-    let mut answer = match fault.flatten() {
+    let (fault, mut answer) = match fault.flatten() {
         None => {
             // A store that is down looks like one: no answer.
             return ask(store, &request)?.write(&mut stream);
@@ -178,15 +180,17 @@ fn serve(
                     thread::park();
                 },
                 Fault::Status(_) => return answer.write(&mut stream),
-                Fault::OneItemLater => answer,
+                Fault::OneItemLater | Fault::OneIndexLater => (fault, answer),
             }
         }
     };
-    let text = answer.text().replacen(
-        r#""status":201"#,
-        r#""status":429,"error":{"type":"es_rejected_execution_exception","reason":"busy"}"#,
-        1,
-    );
+    let item = match fault {
+        Fault::OneIndexLater => {
+            r#""status":400,"error":{"type":"validation_exception","reason":"too many shards"}"#
+        }
+        _ => r#""status":429,"error":{"type":"es_rejected_execution_exception","reason":"busy"}"#,
+    };
+    let text = answer.text().replacen(r#""status":201"#, item, 1);
     answer.body = text.into_bytes();
     answer.write(&mut stream)
 }

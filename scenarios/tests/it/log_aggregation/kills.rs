@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use base64::Engine;
@@ -67,24 +67,28 @@ fn every_line_is_one_document_whatever_is_killed() -> Result<()> {
         )
         .spawn()
     };
-    // The moments are random, so this waits for time, for once.
-    let mut nap = |most| thread::sleep(Duration::from_millis(random.u64(0..most)));
+    // Makes the topic, so that the first entry on it is seen at once.
+    let audit = program(&kafka, &store.address(), index, &["audit"]);
+    audit.spawn()?.wait(MINUTE)?;
+    let topic = &Topic::new(&kafka.address())?;
+    let stored = || count(index).unwrap_or_default();
 
-    // Ingesting takes a second or two: each of these falls somewhere into it, or before.
-    for _ in 0..4 {
+    // Each of these falls into the work: after some of it was done, and before the end of it.
+    for _ in 0..3 {
+        let before = topic.committed();
         let mut killed = ingest()?;
-        nap(900);
+        until(|| topic.committed() > before)?;
         killed.kill()?;
     }
+    let before = topic.committed();
+    assert!(
+        before < LINES as u64,
+        "all was ingested before it was killed"
+    );
     let mut ingesting = ingest()?;
-    let mut aggregating = aggregate()?;
-    for _ in 0..3 {
-        aggregating.wait_for("working", MINUTE)?;
-        nap(1500);
-        aggregating.kill()?;
-        aggregating = aggregate()?;
-    }
-    aggregating.wait_for("working", MINUTE)?;
+    until(|| topic.committed() > before)?;
+    kafka.kill(1)?;
+    kafka.restart(1)?;
     let ingested = ingesting.wait(2 * MINUTE)?.ok()?;
     assert!(
         ingested
@@ -94,9 +98,18 @@ fn every_line_is_one_document_whatever_is_killed() -> Result<()> {
         ingested.stdout
     );
 
+    for _ in 0..3 {
+        let before = stored();
+        let mut aggregating = aggregate()?;
+        until(|| stored() > before)?;
+        aggregating.kill()?;
+    }
     // Kafka, in the middle of what the aggregator does.
+    let before = stored();
+    assert!(before < LINES as u64, "all was stored before it was killed");
+    let mut aggregating = aggregate()?;
+    until(|| stored() > before)?;
     kafka.kill(1)?;
-    nap(500);
     kafka.restart(1)?;
     let audit = || {
         program(
@@ -151,7 +164,7 @@ fn every_line_is_one_document_whatever_is_killed() -> Result<()> {
                 document["message"].as_str().context("message")?.into()
             }
             None if document["ingested"]["format"] == "json" => {
-                ensure!(document["n"] == number, "{document}");
+                ensure!(document["fields"]["n"] == number, "{document}");
                 line.clone()
             }
             None => {
@@ -165,12 +178,41 @@ fn every_line_is_one_document_whatever_is_killed() -> Result<()> {
     Ok(())
 }
 
+fn until(mut done: impl FnMut() -> bool) -> Result<()> {
+    let deadline = Instant::now() + MINUTE;
+    while !done() {
+        ensure!(Instant::now() < deadline, "nothing was done in a minute");
+    }
+    Ok(())
+}
+
+/// The topic of the logs, which has six partitions.
+struct Topic(BaseConsumer);
+
+impl Topic {
+    fn new(brokers: &str) -> Result<Topic> {
+        let client = ClientConfig::new()
+            .set("bootstrap.servers", brokers)
+            .create()?;
+        Ok(Topic(client))
+    }
+
+    /// How many records are committed, and ends of transactions, which are few; 0 if there is no topic yet.
+    fn committed(&self) -> u64 {
+        let end = |partition| self.0.fetch_watermarks("logs", partition, MINUTE);
+        (0..6)
+            .filter_map(|partition| end(partition).ok())
+            .map(|(_, end)| end.unsigned_abs())
+            .sum()
+    }
+}
+
 /// The name that the broker has given to the group's only member.
 fn await_member(brokers: &str) -> Result<String> {
     let client: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .create()?;
-    let deadline = std::time::Instant::now() + MINUTE;
+    let deadline = Instant::now() + MINUTE;
     loop {
         // Right after its restart the broker may not know its groups yet.
         if let Ok(groups) = client.fetch_group_list(Some("log-aggregation-kills"), MINUTE)
@@ -180,10 +222,7 @@ fn await_member(brokers: &str) -> Result<String> {
         {
             return Ok(member.id().to_owned());
         }
-        ensure!(
-            std::time::Instant::now() < deadline,
-            "the group has no member"
-        );
+        ensure!(Instant::now() < deadline, "the group has no member");
         thread::sleep(Duration::from_millis(100));
     }
 }

@@ -70,6 +70,7 @@ impl Observer<'_> {
             Service::Kafka => {
                 let producer: BaseProducer<DefaultProducerContext> = ClientConfig::new()
                     .set("bootstrap.servers", &address)
+                    .set("message.max.bytes", "1048588")
                     .create()?;
                 let topic = format!("order-flow.{run}.placed");
                 let record = BaseRecord::to(&topic).key("user-1").payload(payload);
