@@ -22,6 +22,7 @@
 //! # }
 //! ```
 
+mod kafka_record;
 pub mod transcript;
 
 use std::collections::BTreeMap;
@@ -42,6 +43,7 @@ use nix::sys::signal::Signal;
 use crate::process::Supervised;
 use crate::workspace::{ExampleInfo, Workspace};
 use crate::{Broker, Service};
+pub use kafka_record::produce_kafka_record;
 use transcript::{Fault, Stage, Transcript};
 
 /// How often to look whether a silent program has ended: an exit is no event on its pipes as long as a descendant

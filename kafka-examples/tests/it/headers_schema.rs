@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, produce_kafka_record};
 use compose::{Broker, Service};
 use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::client::DefaultClientContext;
@@ -13,7 +13,6 @@ use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
-use crate::raw;
 use crate::reader::send_large;
 
 const SOON: Duration = Duration::from_secs(30);
@@ -210,7 +209,7 @@ async fn large_events_and_headers_that_cannot_be_read_are_dead_letters() -> Resu
     let large = send_large(&kafka, "schema-events").await?;
     let headers: [(&[u8], &[u8]); 2] = [(b"\xff", b"?"), (b"schema-version", b"1.0")];
     let event = br#"{"order_id":"odd","amount":1}"#;
-    raw::produce(&kafka, "schema-events", &headers, event)?;
+    produce_kafka_record(&kafka, "schema-events", None, &headers, event)?;
     let text = "offset 1 -> schema-events.dlq: the name of a header is not UTF-8";
     first.wait_for(text, SOON)?;
     first.interrupt()?;

@@ -15,7 +15,6 @@ mod manual_commit;
 mod parallel_consumer;
 mod pitfall_auto_commit;
 mod pitfall_ordering;
-mod raw;
 mod reader;
 mod rebalance;
 mod reconnect;

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, produce_kafka_record};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
@@ -13,7 +13,7 @@ use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{BaseProducer, FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
-use crate::{raw, reader};
+use crate::reader;
 
 const SOON: Duration = Duration::from_secs(30);
 const PAYMENTS: &str = "retry-dlq.payments";
@@ -273,7 +273,7 @@ async fn a_large_payment_and_a_header_that_cannot_be_read_stop_neither_payer_nor
     running.wait_for("attempt 1 failed: not a payment: ", SOON)?;
     let headers: [(&[u8], &[u8]); 2] = [(b"\xff\xfe", b"?"), (b"tenant", b"acme")];
     let fine = br#"{"payment_id":"fine"}"#;
-    raw::produce(&kafka, PAYMENTS, &headers, fine)?;
+    produce_kafka_record(&kafka, PAYMENTS, None, &headers, fine)?;
     running.wait_for("attempt 1 failed: the name of a header is not UTF-8", SOON)?;
     send(&producer(&kafka)?, PAYMENTS, Some("next"), Some(fine)).await?;
     running.wait_for("next: paid at attempt 1", SOON)?;
@@ -319,7 +319,7 @@ async fn a_large_payment_and_a_header_that_cannot_be_read_stop_neither_payer_nor
 
     // More replays than can be counted.
     let most: [(&[u8], &[u8]); 1] = [(b"replays", b"4294967295")];
-    raw::produce(&kafka, DEAD_LETTERS, &most, b"most")?;
+    produce_kafka_record(&kafka, DEAD_LETTERS, None, &most, b"most")?;
     let ended = replay(&kafka)?.wait(SOON)?.ok()?;
     assert!(
         ended.stdout.contains("its headers cannot be read"),

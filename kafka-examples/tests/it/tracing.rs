@@ -6,14 +6,12 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, produce_kafka_record};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, Headers, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
-
-use crate::raw;
 
 const SOON: Duration = Duration::from_secs(30);
 const TOPIC: &str = "traced-orders";
@@ -294,7 +292,13 @@ async fn a_foreign_or_broken_context_stops_nothing() -> Result<()> {
     }
     // Where the name of one header cannot be read, none can.
     let odd: [(&[u8], &[u8]); 2] = [(b"\xff\xfe", b"?"), (b"traceparent", good.as_bytes())];
-    raw::produce(&kafka, TOPIC, &odd, br#"{"order_id":"odd","work_ms":0}"#)?;
+    produce_kafka_record(
+        &kafka,
+        TOPIC,
+        None,
+        &odd,
+        br#"{"order_id":"odd","work_ms":0}"#,
+    )?;
     let last = consumer.wait_for("messaging.kafka.offset=10", SOON)?;
     ensure!(last.contains(" parent none: process "), "{last}");
     ensure!(!last.contains("error.type"), "{last}");

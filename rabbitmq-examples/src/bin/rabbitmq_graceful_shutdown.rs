@@ -9,8 +9,8 @@
 //! sent: 6
 //! 2$ cargo lab run rabbitmq_graceful_shutdown
 //! working on 2 at a time; Ctrl-C or SIGTERM to stop
-//! task-1: begun
-//! task-2: begun
+//! task-[..]: begun
+//! task-[..]: begun
 //! 2^C
 //! stopping: no more tasks; in hand 2, given back 2
 //! ...

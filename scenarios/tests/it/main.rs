@@ -2,7 +2,6 @@
 
 mod event_bus;
 mod log_aggregation;
-mod odd_header;
 mod order_flow;
 mod order_pipeline;
 

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use anyhow::{Context, Result, ensure};
+use compose::harness::produce_kafka_record;
 use compose::{Broker, Service};
 use rdkafka::Message;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
@@ -12,7 +13,6 @@ use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Produc
 
 use super::http::{Fault, Proxy};
 use super::{ALONE, MINUTE, await_count, count, dead_letters, find, get, header, program, store};
-use crate::odd_header;
 
 #[test]
 fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
@@ -66,7 +66,8 @@ fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
     vandal.flush(MINUTE)?;
     // The client panics at such a header.
     let named = format!(r#"{{{time},"level":{{"deep":2}}}}"#);
-    odd_header::write(&kafka.address(), "logs", named.as_bytes())?;
+    let headers: [(&[u8], &[u8]); 1] = [(b"\xff\xfe", b"x")];
+    produce_kafka_record(&kafka, "logs", Some(b"k"), &headers, named.as_bytes())?;
 
     let faults = [
         Fault::Status(429),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use compose::harness::produce_kafka_record;
 use compose::{Broker, Service};
 use rdkafka::Message;
 use rdkafka::config::ClientConfig;
@@ -11,7 +12,6 @@ use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
 
 use super::{MINUTE, committed, header, program, reported};
-use crate::odd_header;
 
 const LINES: &str = r#"{"order_id":"a1","user_id":"ann","amount":1250,"note":"keep 0.10 as it is","price":0.10}
 {"order_id":"a2","user_id":"bob","amount":12.50}
@@ -155,7 +155,8 @@ fn garbage_on_the_topic_blocks_nothing() -> Result<()> {
     vandal.flush(MINUTE)?;
     // The client panics at such a header.
     let order = br#"{"order_id":"h","user_id":"u","amount":1,"status":"paid"}"#;
-    odd_header::write(&kafka.address(), "orders", order)?;
+    let odd: [(&[u8], &[u8]); 1] = [(b"\xff\xfe", b"x")];
+    produce_kafka_record(&kafka, "orders", Some(b"k"), &odd, order)?;
     let ended = run()?.ok()?;
     assert!(!ended.stdout.contains("interrupted"), "{}", ended.stdout);
     let dead = committed(&kafka.address(), "orders.dlq")?;

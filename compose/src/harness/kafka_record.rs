@@ -1,22 +1,29 @@
-//! A producer for what the crate cannot write: headers whose names are not UTF-8. Every other client can.
+//! A producer of Kafka records that `rdkafka` cannot write: with headers whose names are not UTF-8. Other clients can.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::Broker;
 use anyhow::{Context, Result, ensure};
-use compose::Broker;
 
-/// Writes a record without a key to partition 0 by hand, as version 3 of the request `Produce`.
-pub fn produce(
+/// Writes a record to partition 0 of the topic, as version 3 of the request `Produce`, and waits for its acknowledgement.
+///
+/// # Errors
+/// No broker answers within a minute, or it refuses the record.
+pub fn produce_kafka_record(
     kafka: &Broker,
     topic: &str,
+    key: Option<&[u8]>,
     headers: &[(&[u8], &[u8])],
     value: &[u8],
 ) -> Result<()> {
-    // Attributes, both deltas, no key.
+    // Attributes, and both deltas.
     let mut record = vec![0, 0, 0];
-    varint(&mut record, -1);
+    match key {
+        Some(key) => bytes(&mut record, key)?,
+        None => varint(&mut record, -1),
+    }
     bytes(&mut record, value)?;
     varint(&mut record, i64::try_from(headers.len())?);
     for (name, value) in headers {
