@@ -294,7 +294,7 @@ fn ctrl_c_needs_something_to_interrupt() {
     let await_end = |_: Fault, _: &str, _: u16| {
         let pid = written(&scripts.path("pid")).parse()?;
         let deadline = Instant::now() + LIMIT;
-        while !is_zombie(pid) {
+        while is_alive(pid) && !is_zombie(pid) {
             anyhow::ensure!(Instant::now() < deadline, "a does not end");
             std::thread::yield_now();
         }

@@ -177,6 +177,17 @@ fn await_effect(state: &tempfile::TempDir, stage: &str) {
     }
 }
 
+/// Waits until the stage has made so many effects more.
+fn await_effects(state: &tempfile::TempDir, stage: &str, more: i64) -> Result<()> {
+    let effects = || books(state, stage, "SELECT count(*) FROM handled").unwrap_or(0);
+    let (before, begun) = (effects(), Instant::now());
+    while effects() < before + more {
+        ensure!(begun.elapsed() < MINUTE, "{stage} does nothing");
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
 /// A process that was frozen while another took its place must not go on as if nothing had happened.
 #[test]
 fn a_frozen_stage_that_was_replaced_gives_up() -> Result<()> {
@@ -190,13 +201,15 @@ fn a_frozen_stage_that_was_replaced_gives_up() -> Result<()> {
     for part in ["inventory", "payment", "shipping", "place"] {
         pipeline.start(part)?;
     }
-    thread::sleep(Duration::from_secs(3));
+    await_effects(&state, "payment", 10)?;
     let mut frozen = pipeline.running.remove("payment").context("payment")?;
     frozen.pause()?;
     pipeline.start("payment")?;
-    pipeline.part("place")?.wait(2 * MINUTE)?.ok()?;
+    // Not at the end: one that finds nothing to do would not notice, and do no harm.
+    await_effects(&state, "payment", 100)?;
     frozen.resume()?;
     let frozen = frozen.wait(MINUTE)?;
+    pipeline.part("place")?.wait(2 * MINUTE)?.ok()?;
     assert_eq!(frozen.code(), 1, "{}", frozen.stderr);
     assert!(
         frozen.stderr.contains("another process has taken over"),
