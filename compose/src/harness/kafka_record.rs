@@ -4,8 +4,9 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::Broker;
 use anyhow::{Context, Result, ensure};
+
+use crate::Broker;
 
 /// Writes a record to partition 0 of the topic, as version 3 of the request `Produce`, and waits for its acknowledgement.
 ///

@@ -167,21 +167,23 @@ fn survives_kills_of_every_part_and_of_kafka() -> Result<()> {
     Ok(())
 }
 
+/// How many the stage has made. There are no books before its first start.
+fn effects(state: &tempfile::TempDir, stage: &str) -> i64 {
+    books(state, stage, "SELECT count(*) FROM handled").unwrap_or(0)
+}
+
 /// Waits until the stage has made another effect, for a second at most: there may be nothing to do.
 fn await_effect(state: &tempfile::TempDir, stage: &str) {
-    // There are no books before its first start.
-    let effects = || books(state, stage, "SELECT count(*) FROM handled").unwrap_or(0);
-    let (before, begun) = (effects(), Instant::now());
-    while effects() == before && begun.elapsed() < Duration::from_secs(1) {
+    let (before, begun) = (effects(state, stage), Instant::now());
+    while effects(state, stage) == before && begun.elapsed() < Duration::from_secs(1) {
         thread::sleep(Duration::from_millis(1));
     }
 }
 
 /// Waits until the stage has made so many effects more.
 fn await_effects(state: &tempfile::TempDir, stage: &str, more: i64) -> Result<()> {
-    let effects = || books(state, stage, "SELECT count(*) FROM handled").unwrap_or(0);
-    let (before, begun) = (effects(), Instant::now());
-    while effects() < before + more {
+    let (before, begun) = (effects(state, stage), Instant::now());
+    while effects(state, stage) < before + more {
         ensure!(begun.elapsed() < MINUTE, "{stage} does nothing");
         thread::sleep(Duration::from_millis(5));
     }
