@@ -42,6 +42,8 @@
 //! See also: kafka_retry_dlq, kafka_dlq_replay.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -177,6 +179,15 @@ async fn consume(brokers: &str, producer: &FutureProducer) -> Result<()> {
         .set("socket.timeout.ms", "5000")
         .create()?;
     consumer.subscribe(&[TOPIC])?;
+    let handled = handle(&consumer, producer).await;
+    leave(consumer);
+    let (handled, letters) = handled?;
+    println!("handled {handled}, dead letters {letters}");
+    Ok(())
+}
+
+/// Until Ctrl-C; returns how many events were handled, and how many became dead letters.
+async fn handle(consumer: &StreamConsumer, producer: &FutureProducer) -> Result<(u32, u32)> {
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for Ctrl-C")?;
     println!("waiting for events; Ctrl-C ends it");
 
@@ -218,11 +229,26 @@ async fn consume(brokers: &str, producer: &FutureProducer) -> Result<()> {
         consumer.store_offset_from_message(&message)?;
     }
     match consumer.commit_consumer_state(CommitMode::Sync) {
-        Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
+        Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {
+            Ok((handled, letters))
+        }
         Err(error) => bail!("the last events will be handled again: {error}"),
     }
-    println!("handled {handled}, dead letters {letters}");
-    Ok(())
+}
+
+/// Leaves the group: the others take over now and not after session.timeout.ms.
+///
+/// With the broker gone this takes as long as that time, and for ever if librdkafka (2.12) has lost track of a commit
+/// that was under way. Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer) {
+    let (done, left) = mpsc::channel();
+    thread::spawn(move || {
+        drop(consumer);
+        done.send(())
+    });
+    if left.recv_timeout(PATIENCE).is_err() {
+        eprintln!("left without a word to the group: no broker answers");
+    }
 }
 
 /// The version and the event, or why there is none that this program understands.

@@ -34,6 +34,8 @@
 //! arguments `send N` send payments 1 to N. See also: kafka_manual_commit, order_pipeline.
 
 use std::pin::pin;
+use std::sync::mpsc;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -148,7 +150,20 @@ async fn consume(brokers: &str) -> anyhow::Result<()> {
         .set("socket.timeout.ms", "5000")
         .create()?;
     consumer.subscribe(&[TOPIC])?;
+    let worked = work(&consumer, &mut books, kept).await;
+    leave(consumer);
+    worked?;
+    let sums =
+        "SELECT ifnull(sum(payments), 0), ifnull(sum(cents), 0), (SELECT count(*) FROM no_payments)
+        FROM balances";
+    let (payments, cents, rejected): (i64, i64, i64) =
+        books.query_row(sums, [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
+    println!("in the books: {payments} payments, {cents} cents, {rejected} rejected");
+    Ok(())
+}
 
+/// Until Ctrl-C.
+async fn work(consumer: &StreamConsumer, books: &mut Connection, kept: i64) -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let received = tokio::select! {
@@ -162,7 +177,7 @@ async fn consume(brokers: &str) -> anyhow::Result<()> {
                 // SQLite blocks, for a write to the disk; this gives other tasks their thread.
                 println!(
                     "{}",
-                    tokio::task::block_in_place(|| apply(&mut books, &record, kept))?
+                    tokio::task::block_in_place(|| apply(books, &record, kept))?
                 );
                 consumer.store_offset_from_message(&record)?;
             }
@@ -176,14 +191,22 @@ async fn consume(brokers: &str) -> anyhow::Result<()> {
         // Nothing is wrong with the books: they will know what comes again.
         Err(error) => eprintln!("the last payments will be read again: {error}"),
     }
-    drop(consumer);
-    let sums =
-        "SELECT ifnull(sum(payments), 0), ifnull(sum(cents), 0), (SELECT count(*) FROM no_payments)
-        FROM balances";
-    let (payments, cents, rejected): (i64, i64, i64) =
-        books.query_row(sums, [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
-    println!("in the books: {payments} payments, {cents} cents, {rejected} rejected");
     Ok(())
+}
+
+/// Leaves the group: the others take over now and not after session.timeout.ms.
+///
+/// With the broker gone this takes as long as that time, and for ever if librdkafka (2.12) has lost track of a commit
+/// that was under way. Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer) {
+    let (done, left) = mpsc::channel();
+    thread::spawn(move || {
+        drop(consumer);
+        done.send(())
+    });
+    if left.recv_timeout(PATIENCE).is_err() {
+        eprintln!("left without a word to the group: no broker answers");
+    }
 }
 
 /// The pattern: id and effect in one transaction. Returns what to say about it.

@@ -33,6 +33,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::pin::pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -53,6 +54,8 @@ const PARTITIONS: i32 = 2;
 const GROUP: &str = "parallel-orders";
 const QUEUE: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Time for the work in hand, and for the last commit.
+const LEAVING: Duration = Duration::from_secs(40);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -111,6 +114,17 @@ async fn consume(brokers: &str) -> anyhow::Result<()> {
         .create_with_context(Ledger::default())?;
     consumer.subscribe(&[TOPIC])?;
     let ledger = consumer.context().clone();
+    let worked = read(&consumer, lanes).await;
+    // Revokes all partitions: finishes what is in work, and commits.
+    tokio::task::block_in_place(|| leave(consumer));
+    worked?;
+    println!("left the group; orders done: {}", ledger.pages().total);
+    Ok(())
+}
+
+/// Until Ctrl-C.
+async fn read(consumer: &StreamConsumer<Ledger>, lanes: u64) -> anyhow::Result<()> {
+    let ledger = consumer.context();
     let queues: Vec<_> = (0..lanes).map(|_| lane(ledger.clone())).collect();
 
     let mut commit = interval(Duration::from_secs(1));
@@ -153,10 +167,22 @@ async fn consume(brokers: &str) -> anyhow::Result<()> {
             Err(error) => eprintln!("waiting for the broker: {error}"),
         }
     }
-    // Leaves the group, which revokes all partitions: finishes what is in work, and commits.
-    tokio::task::block_in_place(|| drop(consumer));
-    println!("left the group; orders done: {}", ledger.pages().total);
     Ok(())
+}
+
+/// Leaves the group: the others take over now and not after session.timeout.ms.
+///
+/// With the broker gone this takes as long as that time, and for ever if librdkafka (2.12) has lost track of a commit
+/// that was under way. Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer<Ledger>) {
+    let (done, left) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        drop(consumer);
+        done.send(())
+    });
+    if left.recv_timeout(LEAVING).is_err() {
+        eprintln!("left without a word to the group: no broker answers");
+    }
 }
 
 struct Job {

@@ -44,7 +44,9 @@
 
 use std::collections::BTreeMap;
 use std::pin::pin;
+use std::sync::mpsc;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -63,6 +65,8 @@ const PARTITIONS: i32 = 4;
 const GROUP: &str = "rebalance-orders";
 const COMMIT_EVERY: u32 = 100;
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Time for the last commit.
+const LEAVING: Duration = Duration::from_secs(15);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -123,7 +127,15 @@ async fn consume(brokers: &str, careful: bool) -> anyhow::Result<()> {
         .set("socket.timeout.ms", "5000")
         .create_with_context(handover)?;
     consumer.subscribe(&[TOPIC])?;
+    let orders = work(&consumer).await;
+    // Revokes all partitions, and with that commits.
+    tokio::task::block_in_place(|| leave(consumer));
+    println!("left the group; orders done: {}", orders?);
+    Ok(())
+}
 
+/// Until Ctrl-C; returns how many orders were done.
+async fn work(consumer: &StreamConsumer<Handover>) -> anyhow::Result<u32> {
     let mut orders = 0;
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
@@ -159,10 +171,22 @@ async fn consume(brokers: &str, careful: bool) -> anyhow::Result<()> {
             consumer.commit(&positions, CommitMode::Async)?;
         }
     }
-    // Leaves the group: revokes all partitions, and with that commits.
-    tokio::task::block_in_place(|| drop(consumer));
-    println!("left the group; orders done: {orders}");
-    Ok(())
+    Ok(orders)
+}
+
+/// Leaves the group: the others take over now and not after session.timeout.ms.
+///
+/// With the broker gone this takes as long as that time, and for ever if librdkafka (2.12) has lost track of a commit
+/// that was under way. Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer<Handover>) {
+    let (done, left) = mpsc::channel();
+    thread::spawn(move || {
+        drop(consumer);
+        done.send(())
+    });
+    if left.recv_timeout(LEAVING).is_err() {
+        eprintln!("left without a word to the group: no broker answers");
+    }
 }
 
 struct Handover {

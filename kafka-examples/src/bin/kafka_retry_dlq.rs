@@ -40,6 +40,8 @@ use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
@@ -172,6 +174,12 @@ impl Stage {
             .set("socket.timeout.ms", "5000")
             .create_with_context(Narrator(self.attempt))?;
         consumer.subscribe(&[&topic])?;
+        let worked = self.work(&consumer).await;
+        tokio::task::block_in_place(|| leave(consumer));
+        worked
+    }
+
+    async fn work(&self, consumer: &StreamConsumer<Narrator>) -> anyhow::Result<()> {
         loop {
             let received = tokio::select! {
                 () = self.stop.cancelled() => break,
@@ -322,6 +330,21 @@ impl Labels {
             let value = value.as_ref();
             headers.insert(Header { key, value })
         })
+    }
+}
+
+/// Leaves the group: the others take over now and not after session.timeout.ms.
+///
+/// With the broker gone this takes as long as that time, and for ever if librdkafka (2.12) has lost track of a commit
+/// that was under way. Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer<Narrator>) {
+    let (done, left) = mpsc::channel();
+    thread::spawn(move || {
+        drop(consumer);
+        done.send(())
+    });
+    if left.recv_timeout(PATIENCE).is_err() {
+        eprintln!("left without a word to the group: no broker answers");
     }
 }
 

@@ -40,6 +40,8 @@
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -278,7 +280,15 @@ async fn consume(brokers: &str) -> anyhow::Result<()> {
         .set("statistics.interval.ms", "1000")
         .create_with_context(Observer)?;
     consumer.subscribe(&[TOPIC])?;
+    let worked = work(&consumer, slow).await;
+    leave(consumer);
+    worked?;
+    println!("left the group");
+    Ok(())
+}
 
+/// Until Ctrl-C.
+async fn work(consumer: &StreamConsumer<Observer>, slow: Duration) -> anyhow::Result<()> {
     let mut stop = pin!(tokio::signal::ctrl_c());
     loop {
         let received = tokio::select! {
@@ -301,9 +311,22 @@ async fn consume(brokers: &str) -> anyhow::Result<()> {
         Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
         Err(error) => eprintln!("the last orders will be read again: {error}"),
     }
-    drop(consumer);
-    println!("left the group");
     Ok(())
+}
+
+/// Leaves the group: the others take over now and not after session.timeout.ms.
+///
+/// With the broker gone this takes as long as that time, and for ever if librdkafka (2.12) has lost track of a commit
+/// that was under way. Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer<Observer>) {
+    let (done, left) = mpsc::channel();
+    thread::spawn(move || {
+        drop(consumer);
+        done.send(())
+    });
+    if left.recv_timeout(PATIENCE).is_err() {
+        eprintln!("left without a word to the group: no broker answers");
+    }
 }
 
 fn setting(name: &str, default: u64) -> anyhow::Result<u64> {

@@ -39,6 +39,8 @@
 //! Settings: KAFKA_BROKERS (localhost:9092); MAX_POLL_INTERVAL_MS (300000; at least 6000); the arguments are jobs to
 //! send first, in milliseconds of work. See also: kafka_consumer_group, kafka_idempotent_consumer.
 
+use std::sync::mpsc;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -115,9 +117,16 @@ async fn main() -> Result<()> {
         // Bounds the last commit if the brokers are gone by then. The default is a minute.
         .set("socket.timeout.ms", "5000")
         .create_with_context(Narrator)?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for Ctrl-C")?;
     consumer.subscribe(&[TOPIC])?;
+    let done = work(&consumer, Duration::from_millis(limit.into())).await;
+    leave(consumer);
+    println!("jobs done: {}", done?);
+    Ok(())
+}
 
+/// Until Ctrl-C; returns how many jobs were done. `limit` is max.poll.interval.ms.
+async fn work(consumer: &StreamConsumer<Narrator>, limit: Duration) -> anyhow::Result<u32> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for Ctrl-C")?;
     let mut done = 0;
     // The last job that was done and not stored. It is gone when the program is; kafka_idempotent_consumer keeps it.
     let mut late = None;
@@ -150,7 +159,7 @@ async fn main() -> Result<()> {
             consumer.store_offset_from_message(&message)?;
             continue;
         }
-        perform(offset, work, Duration::from_millis(limit.into())).await;
+        perform(offset, work, limit).await;
         done += 1;
         // True from when the client has found out until the loss was handled, which happens in `recv`.
         if consumer.assignment_lost() {
@@ -165,12 +174,24 @@ async fn main() -> Result<()> {
     }
 
     match consumer.commit_consumer_state(CommitMode::Sync) {
-        Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
+        Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => Ok(done),
         Err(error) => bail!("the last jobs will be done again: {error}"),
     }
-    drop(consumer);
-    println!("jobs done: {done}");
-    Ok(())
+}
+
+/// Leaves the group: the others take over now and not after session.timeout.ms.
+///
+/// With the broker gone this takes as long as that time, and for ever if librdkafka (2.12) has lost track of a commit
+/// that was under way. Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer<Narrator>) {
+    let (done, left) = mpsc::channel();
+    thread::spawn(move || {
+        drop(consumer);
+        done.send(())
+    });
+    if left.recv_timeout(PATIENCE).is_err() {
+        eprintln!("left without a word to the group: no broker answers");
+    }
 }
 
 /// How long the work takes, if it is a job.

@@ -1,8 +1,10 @@
-//! No broker: one error that names the address and the way out, and soon.
+//! What each program does without its broker: at the start, and when it died meanwhile.
+
+use std::time::Duration;
 
 use anyhow::Result;
-use compose::Service;
-use compose::harness::broker_absent;
+use compose::harness::{Example, broker_absent};
+use compose::{Broker, Service};
 
 #[test]
 fn without_a_broker_the_error_says_where_and_what_to_do() -> Result<()> {
@@ -34,4 +36,112 @@ fn without_a_broker_the_error_says_where_and_what_to_do() -> Result<()> {
             env!("CARGO_BIN_EXE_kafka_window_aggregation"),
         ],
     )
+}
+
+/// A member of a group has three things to say at its end: its last commit, what it gives up, and that it leaves. With
+/// nobody there to hear them it ends all the same.
+#[test]
+fn ctrl_c_ends_every_consumer_although_the_broker_died() -> Result<()> {
+    const SOON: Duration = Duration::from_secs(60);
+    // What writes something to consume, what consumes it, and what it prints then.
+    let consumers = [
+        (
+            env!("CARGO_BIN_EXE_kafka_async_producer"),
+            vec!["100"],
+            env!("CARGO_BIN_EXE_kafka_consumer_group"),
+            "processed: ",
+        ),
+        (
+            env!("CARGO_BIN_EXE_kafka_exactly_once"),
+            vec!["send", "3"],
+            env!("CARGO_BIN_EXE_kafka_exactly_once"),
+            "committed: ",
+        ),
+        (
+            env!("CARGO_BIN_EXE_kafka_headers_schema"),
+            vec!["send"],
+            env!("CARGO_BIN_EXE_kafka_headers_schema"),
+            "offset 0, ",
+        ),
+        (
+            env!("CARGO_BIN_EXE_kafka_idempotent_consumer"),
+            vec!["send", "3"],
+            env!("CARGO_BIN_EXE_kafka_idempotent_consumer"),
+            "payment-1: ",
+        ),
+        (
+            env!("CARGO_BIN_EXE_kafka_manual_commit"),
+            vec!["send", "order-0", "order-1", "order-2"],
+            env!("CARGO_BIN_EXE_kafka_manual_commit"),
+            "committed ",
+        ),
+        (
+            env!("CARGO_BIN_EXE_kafka_parallel_consumer"),
+            vec!["send", "1000"],
+            env!("CARGO_BIN_EXE_kafka_parallel_consumer"),
+            "done: ",
+        ),
+        (
+            env!("CARGO_BIN_EXE_kafka_rebalance"),
+            vec!["send", "1500"],
+            env!("CARGO_BIN_EXE_kafka_rebalance"),
+            "done: ",
+        ),
+        (
+            env!("CARGO_BIN_EXE_kafka_retry_dlq"),
+            vec!["send"],
+            env!("CARGO_BIN_EXE_kafka_retry_dlq"),
+            "paid at attempt 1",
+        ),
+        (
+            env!("CARGO_BIN_EXE_kafka_tracing"),
+            vec!["send"],
+            env!("CARGO_BIN_EXE_kafka_tracing"),
+            "order-1: handled",
+        ),
+        (
+            env!("CARGO_BIN_EXE_kafka_page_views"),
+            vec!["2026-01-01T12:00:00Z"],
+            env!("CARGO_BIN_EXE_kafka_window_aggregation"),
+            "window ",
+        ),
+    ];
+    let kafka = Broker::private(Service::Kafka)?;
+    let folder = tempfile::tempdir()?;
+    let example = |program: &str| {
+        Example::new(program)
+            .current_dir(folder.path())
+            .env("METRICS_PORT", "0")
+            .broker(&kafka)
+    };
+    let (mut writers, mut running) = (Vec::new(), Vec::new());
+    for (writer, args, consumer, _) in &consumers {
+        writers.push(example(writer).args(args).spawn()?);
+        running.push(example(consumer).spawn()?);
+    }
+    // It brings its own work, and is still busy with it.
+    let tuned = env!("CARGO_BIN_EXE_kafka_tuned_consumer");
+    running.push(example(tuned).args(["10", "10", "10"]).spawn()?);
+    for mut writer in writers {
+        writer.wait(SOON)?.ok()?;
+    }
+    let first = consumers.iter().map(|(.., first)| *first);
+    for (process, first) in running.iter_mut().zip(first.chain(["offset 0: done"])) {
+        process.wait_for(first, SOON)?;
+    }
+    kafka.kill(1)?;
+    for process in &mut running {
+        process.interrupt()?;
+    }
+    for mut process in running {
+        let ended = process.wait(SOON)?;
+        // With an error or without: not all of them have something that they could not say.
+        assert!(
+            matches!(ended.code(), 0 | 1),
+            "{}{}",
+            ended.stdout,
+            ended.stderr
+        );
+    }
+    Ok(())
 }

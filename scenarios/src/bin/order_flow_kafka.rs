@@ -41,7 +41,8 @@ use std::fmt::Display;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -187,7 +188,17 @@ impl Flow {
         consumer.subscribe(&[&self.topic(event)])?;
         self.shop
             .say(format_args!("{}: working, Ctrl-C ends it", stage.name()));
+        let worked = self.work(stage, &consumer, &rebalances).await;
+        block_in_place(|| leave(consumer));
+        worked
+    }
 
+    async fn work(
+        &self,
+        stage: Stage,
+        consumer: &StreamConsumer<Rebalances>,
+        rebalances: &Rebalances,
+    ) -> anyhow::Result<()> {
         let producer = self.producer()?;
         let mut desk = Desk::default();
         let mut known = 0;
@@ -384,6 +395,21 @@ impl Desk {
         let (offsets, next) = self.open.entry(partition).or_default();
         offsets.remove(&record.offset());
         (partition, offsets.first().copied().unwrap_or(*next))
+    }
+}
+
+/// Leaves the group: the others take over now and not after session.timeout.ms.
+///
+/// With the broker gone this takes as long as that time, and for ever if librdkafka (2.12) has lost track of a commit
+/// that was under way. Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer<Rebalances>) {
+    let (done, left) = mpsc::channel();
+    thread::spawn(move || {
+        drop(consumer);
+        done.send(())
+    });
+    if left.recv_timeout(PATIENCE).is_err() {
+        eprintln!("left without a word to the group: no broker answers");
     }
 }
 
