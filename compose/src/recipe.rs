@@ -635,9 +635,19 @@ impl ClassArchive {
 fn jvm(java: &Path, jars: &Path, folder: &Path, options: &[&str]) -> Result<Command> {
     let logging = folder.join("log4j2.properties");
     write(&logging, include_str!("../log4j2.properties"))?;
+    // The native libraries of the jars are unpacked there, 10 MB at each start, and a JVM that is killed leaves them.
+    let scratch = folder.join("tmp");
+    if scratch.exists() {
+        fs::remove_dir_all(&scratch)
+            .with_context(|| format!("cannot empty {}", scratch.display()))?;
+    }
+    fs::create_dir(&scratch).with_context(|| format!("cannot create {}", scratch.display()))?;
     let mut command = Command::new(java);
     command
         .args(["-XX:TieredStopAtLevel=1", "-XX:+ExitOnOutOfMemoryError"])
+        // Its figures would be files as well, outside of that folder.
+        .arg("-XX:-UsePerfData")
+        .arg(format!("-Djava.io.tmpdir={}", scratch.display()))
         .args(options);
     let archive = ClassArchive::path(java, jars);
     if archive.exists() {
