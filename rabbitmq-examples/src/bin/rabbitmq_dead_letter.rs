@@ -70,7 +70,9 @@ async fn main() -> anyhow::Result<()> {
         Some(_) => bail!("usage: rabbitmq_dead_letter [inspect|replay]"),
     }
     // Whatever was taken and not acknowledged goes back to where it was.
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close; what was done last may come back")??;
     Ok(())
 }
 

@@ -77,7 +77,9 @@ async fn main() -> anyhow::Result<()> {
         "{} {shown}: {line}",
         if heard { "sent" } else { "nobody listens to" }
     );
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close")??;
     Ok(())
 }
 

@@ -68,7 +68,9 @@ async fn main() -> anyhow::Result<()> {
         "{} {key}: {line}",
         if heard { "sent" } else { "nobody listens to" }
     );
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close")??;
     Ok(())
 }
 

@@ -7,7 +7,7 @@
 //! ```console
 //! 1$ cargo lab run rabbitmq_graceful_shutdown send 6
 //! sent: 6
-//! 2$ cargo lab run rabbitmq_graceful_shutdown
+//! 2$ TASK_SECONDS=6 cargo lab run rabbitmq_graceful_shutdown
 //! working on 2 at a time; Ctrl-C or SIGTERM to stop
 //! task-[..]: begun
 //! task-[..]: begun

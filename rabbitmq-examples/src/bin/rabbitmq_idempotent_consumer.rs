@@ -89,7 +89,9 @@ async fn main() -> anyhow::Result<()> {
         Some(count) => send(&channel, count).await?,
         None => consume(&channel).await?,
     }
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close; what was done last may come back")??;
     Ok(())
 }
 
@@ -214,9 +216,10 @@ async fn consume(channel: &Channel) -> anyhow::Result<()> {
         };
         ensure!(settled, "lost the connection; it is delivered again");
     }
-    channel
-        .basic_cancel(deliveries.tag(), BasicCancelOptions::default())
-        .await?;
+    let cancel = channel.basic_cancel(deliveries.tag(), BasicCancelOptions::default());
+    timeout(PATIENCE, cancel)
+        .await
+        .context("the broker does not answer the cancel")??;
     let sums = "SELECT ifnull(sum(payments), 0), ifnull(sum(cents), 0) FROM balances";
     let (payments, cents): (i64, i64) =
         books.query_row(sums, [], |row| Ok((row.get(0)?, row.get(1)?)))?;

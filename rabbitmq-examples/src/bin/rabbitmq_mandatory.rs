@@ -91,7 +91,9 @@ async fn main() -> anyhow::Result<()> {
         "lost: {}",
         lost.map(String::as_str).collect::<Vec<_>>().join(", ")
     );
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close")??;
     Ok(())
 }
 

@@ -136,7 +136,9 @@ async fn acknowledge(
     println!("{way}: tasks done: {COUNT}; the broker says: {depth}");
 
     // What a crash would do, too.
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close")??;
     let depth = await_depth(addr, [held, 0]).await?;
     let connection = connect(addr).await?;
     let channel = connection.create_channel().await?;
@@ -147,7 +149,9 @@ async fn acknowledge(
         task.ack(BasicAckOptions::default()).await?;
     }
     println!("{way}: after the end of the connection: {depth}; delivered again: {again}");
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close")??;
     Ok(())
 }
 

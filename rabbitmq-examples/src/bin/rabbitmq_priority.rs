@@ -49,7 +49,9 @@ async fn main() -> anyhow::Result<()> {
         let order = run(&connection, prefetch).await?;
         println!("prefetch {prefetch}: {}", order.join(", "));
     }
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close")??;
     Ok(())
 }
 
@@ -109,10 +111,13 @@ async fn run(connection: &Connection, prefetch: u16) -> anyhow::Result<Vec<Strin
         let acked = task.ack(BasicAckOptions::default()).await?;
         ensure!(acked, "lost the connection");
     }
-    channel
-        .basic_cancel(deliveries.tag(), BasicCancelOptions::default())
-        .await?;
-    channel.close(200, "OK".into()).await?;
+    let cancel = channel.basic_cancel(deliveries.tag(), BasicCancelOptions::default());
+    timeout(PATIENCE, cancel)
+        .await
+        .context("the broker does not answer the cancel")??;
+    timeout(PATIENCE, channel.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close")??;
     Ok(order)
 }
 

@@ -113,7 +113,9 @@ async fn main() -> anyhow::Result<()> {
             "",
         )?;
     }
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close")??;
     Ok(())
 }
 

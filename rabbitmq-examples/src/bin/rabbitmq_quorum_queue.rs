@@ -86,7 +86,9 @@ async fn main() -> anyhow::Result<()> {
         Some((dead, [])) if dead == "dead" => show_dead(&channel).await?,
         Some(_) => bail!("usage: rabbitmq_quorum_queue [send JOB ...|dead]"),
     }
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close; what was done last may come back")??;
     Ok(())
 }
 
@@ -228,19 +230,19 @@ async fn work(channel: &Channel) -> anyhow::Result<()> {
             };
             println!("{job}: failed{before}; given back");
             failures += 1;
-            delivery
-                .reject(BasicRejectOptions { requeue: true })
-                .await?
+            delivery.reject(BasicRejectOptions { requeue: true }).await
         } else {
             println!("{job}: done");
             done += 1;
-            delivery.ack(BasicAckOptions::default()).await?
+            delivery.ack(BasicAckOptions::default()).await
         };
+        let settled = settled.context("lost the connection")?;
         ensure!(settled, "lost the connection; {job} is delivered again");
     }
-    channel
-        .basic_cancel(deliveries.tag(), BasicCancelOptions::default())
-        .await?;
+    let cancel = channel.basic_cancel(deliveries.tag(), BasicCancelOptions::default());
+    timeout(PATIENCE, cancel)
+        .await
+        .context("the broker does not answer the cancel")??;
     println!("stopped; jobs done: {done}, failures: {failures}");
     Ok(())
 }

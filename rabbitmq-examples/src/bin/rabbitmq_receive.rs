@@ -87,10 +87,13 @@ async fn main() -> anyhow::Result<()> {
     }
 
     // After the cancel no new task arrives; one that was already on its way goes back to the queue at the close.
-    channel
-        .basic_cancel(CONSUMER_TAG.into(), BasicCancelOptions::default())
-        .await?;
-    connection.close(200, "OK".into()).await?;
+    let cancel = channel.basic_cancel(CONSUMER_TAG.into(), BasicCancelOptions::default());
+    timeout(PATIENCE, cancel)
+        .await
+        .context("the broker does not answer the cancel")??;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close; what was done last may come back")??;
     println!("stopped; tasks done: {done}");
     Ok(())
 }

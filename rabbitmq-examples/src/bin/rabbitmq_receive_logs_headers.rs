@@ -80,7 +80,9 @@ async fn main() -> anyhow::Result<()> {
         delivery.ack(BasicAckOptions::default()).await?;
         lines += 1;
     }
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close; what was done last may come back")??;
     println!("stopped; lines: {lines}");
     Ok(())
 }

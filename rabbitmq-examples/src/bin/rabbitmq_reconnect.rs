@@ -79,7 +79,7 @@ const BATCH: u64 = 100;
 const PERSISTENT: u8 = 2;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// As long as lapin has to bring the connection back before the program builds a new one.
-const RECOVERY: Duration = Duration::from_secs(30);
+const RECOVERY: Duration = Duration::from_secs(120);
 /// As long as the broker may be away at the end.
 const DRAIN: Duration = Duration::from_secs(60);
 
@@ -136,7 +136,9 @@ async fn main() -> anyhow::Result<()> {
         let purge = QueuePurgeOptions::default();
         channel.queue_purge(QUEUE.into(), purge).await?;
     }
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close")??;
 
     let (stop, drained) = (CancellationToken::new(), CancellationToken::new());
     let books = Books::default();
@@ -187,7 +189,12 @@ async fn main() -> anyhow::Result<()> {
     if let Ok(ended) = timeout(PATIENCE, consumer).await {
         ended?;
     }
-    report(&books.lock(), publishes, consumes, complete)
+    if let Err(error) = report(&books.lock(), publishes, consumes, complete) {
+        eprintln!("Error: {error:?}");
+        // Not by way of `main`: the runtime would end, and lapin's thread panics in it if it is trying to connect.
+        std::process::exit(1);
+    }
+    Ok(())
 }
 
 /// For the publisher.
@@ -200,9 +207,9 @@ async fn connect_recovering(addr: &str) -> anyhow::Result<Connection> {
             let backoff = backoff.with_min_delay(Duration::from_millis(100));
             backoff
                 .with_max_delay(Duration::from_secs(1))
-                .with_max_times(30)
+                .with_max_times(120)
         });
-    // It tries for half a minute, the first time as well.
+    // It tries for two minutes, the first time as well.
     Ok(timeout(RECOVERY + PATIENCE, Connection::connect(addr, properties)).await??)
 }
 
@@ -313,13 +320,22 @@ async fn await_answers<A>(
         }
     };
     tokio::select! {
-        // In this order: on a channel that is lost already all fails at once, and is an answer, too.
         biased;
         () = lost => {}
-        answers = timeout(RECOVERY, &mut answers) => return answers.ok(),
+        // On a channel that is lost all fails at once, and may be here before the state is.
+        answers = timeout(RECOVERY, &mut answers) => {
+            if !channel.status().connected() {
+                say_lost(count);
+            }
+            return answers.ok();
+        }
     }
-    println!("publisher: connection lost, {count} unconfirmed; waiting for lapin to recover it");
+    say_lost(count);
     timeout(RECOVERY, answers).await.ok()
+}
+
+fn say_lost(count: usize) {
+    println!("publisher: connection lost, {count} unconfirmed; waiting for lapin to recover it");
 }
 
 async fn send(channel: &Channel, id: u64) -> lapin::Result<Confirmation> {

@@ -92,7 +92,9 @@ async fn main() -> anyhow::Result<()> {
         Some("send") => send(&channel).await?,
         Some(_) => bail!("usage: rabbitmq_retry_backoff [send]"),
     }
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close; what was done last may come back")??;
     Ok(())
 }
 
@@ -188,9 +190,10 @@ async fn work(channel: &Channel) -> anyhow::Result<()> {
             .await
             .context("the payment was not acknowledged and will be delivered again")?;
     }
-    channel
-        .basic_cancel(deliveries.tag(), BasicCancelOptions::default())
-        .await?;
+    let cancel = channel.basic_cancel(deliveries.tag(), BasicCancelOptions::default());
+    timeout(PATIENCE, cancel)
+        .await
+        .context("the broker does not answer the cancel")??;
     let Counts {
         paid,
         retried,

@@ -74,10 +74,13 @@ async fn main() -> anyhow::Result<()> {
         answered += u32::from(answer(&channel, &request).await?);
     }
     // Other servers take what comes from now on. The last one's cancel deletes the queue, with what is in it.
-    channel
-        .basic_cancel(requests.tag(), BasicCancelOptions::default())
-        .await?;
-    connection.close(200, "OK".into()).await?;
+    let cancel = channel.basic_cancel(requests.tag(), BasicCancelOptions::default());
+    timeout(PATIENCE, cancel)
+        .await
+        .context("the broker does not answer the cancel")??;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close; what was done last may come back")??;
     println!("stopped; requests answered: {answered}");
     Ok(())
 }

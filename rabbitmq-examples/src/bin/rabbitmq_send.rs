@@ -56,7 +56,9 @@ async fn main() -> anyhow::Result<()> {
         .context("no confirmation in time: the task may or may not be in the queue")??;
     println!("sent and confirmed: {body}");
 
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close")??;
     Ok(())
 }
 

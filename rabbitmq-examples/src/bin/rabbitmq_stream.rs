@@ -86,7 +86,9 @@ async fn main() -> anyhow::Result<()> {
         None => send(&channel, &args[1..]).await?,
         Some((name, start)) => read(&channel, name, start).await?,
     }
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close; what was done last may come back")??;
     Ok(())
 }
 

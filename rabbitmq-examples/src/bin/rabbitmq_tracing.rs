@@ -96,7 +96,9 @@ async fn main() -> anyhow::Result<()> {
     };
     traces.shutdown()?;
     ended?;
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close; what was done last may come back")??;
     Ok(())
 }
 
@@ -311,9 +313,10 @@ async fn consume(channel: &Channel, slow: Duration) -> anyhow::Result<()> {
         };
         ensure!(settled, "lost the connection; the order comes again");
     }
-    channel
-        .basic_cancel(deliveries.tag(), BasicCancelOptions::default())
-        .await?;
+    let cancel = channel.basic_cancel(deliveries.tag(), BasicCancelOptions::default());
+    timeout(PATIENCE, cancel)
+        .await
+        .context("the broker does not answer the cancel")??;
     println!("stopped");
     Ok(())
 }

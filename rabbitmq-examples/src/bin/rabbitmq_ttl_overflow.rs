@@ -8,7 +8,7 @@
 //! $ cargo lab run rabbitmq_ttl_overflow
 //! message TTL 100 ms: the short-lived one is gone, left: long-lived
 //! queue TTL 100 ms: 3 published, left: 0
-//! expires 500 ms unused: the queue is gone
+//! expires 1500 ms unused: the queue is gone
 //! drop-head, room for 3: 5 confirmed, 0 refused, left: order-3, order-4, order-5
 //! reject-publish, room for 3: 3 confirmed, 2 refused, left: order-1, order-2, order-3
 //! backpressure, room for 3: 20 of 20 confirmed, refused on the way: some, lost: 0
@@ -24,6 +24,7 @@
 //! 4.x. A few messages more than the maximum may get in while publishers are fast. See also: rabbitmq_dead_letter,
 //! rabbitmq_publisher_confirms, rabbitmq_retry_backoff.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
@@ -34,6 +35,7 @@ use lapin::options::{
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, ErrorKind};
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 const ROOM: i32 = 3;
@@ -55,7 +57,9 @@ async fn main() -> anyhow::Result<()> {
     overflow(&channel, "drop-head").await?;
     overflow(&channel, "reject-publish").await?;
     backpressure(&connection, &channel).await?;
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close")??;
     Ok(())
 }
 
@@ -107,12 +111,12 @@ async fn queue_ttl(channel: &Channel) -> anyhow::Result<()> {
 /// Not the messages expire but the queue, with all that is in it, when it had no consumer for so long.
 async fn unused_queue(connection: &Connection) -> anyhow::Result<()> {
     let channel = connection.create_channel().await?;
-    let expires = [("x-expires", AMQPValue::LongInt(500))];
+    let expires = [("x-expires", AMQPValue::LongInt(1500))];
     let queue = declare(&channel, "ttl-overflow.unused", &expires).await?;
     let gone = async {
         loop {
             // To ask about it by a declaration would be to use it, so look for where it is not: here, a longer pause.
-            sleep(Duration::from_millis(1000)).await;
+            sleep(Duration::from_millis(2500)).await;
             let channel = connection.create_channel().await?;
             match count(&channel, &queue).await {
                 Ok(_) => {}
@@ -129,7 +133,7 @@ async fn unused_queue(connection: &Connection) -> anyhow::Result<()> {
     timeout(PATIENCE * 4, gone)
         .await
         .context("the queue is still there")??;
-    println!("expires 500 ms unused: the queue is gone");
+    println!("expires 1500 ms unused: the queue is gone");
     Ok(())
 }
 
@@ -170,6 +174,9 @@ async fn backpressure(connection: &Connection, channel: &Channel) -> anyhow::Res
             FieldTable::default(),
         )
         .await?;
+    // A consumer that is quick enough would leave nothing to be refused.
+    let full = Arc::new(Notify::new());
+    let until_full = full.clone();
     let consumer = tokio::spawn(async move {
         let mut got = Vec::new();
         while got.len() < MANY {
@@ -178,7 +185,12 @@ async fn backpressure(connection: &Connection, channel: &Channel) -> anyhow::Res
                 .context("no order comes")?
                 .context("consumer cancelled")??;
             got.push(String::from_utf8_lossy(&order.data).into_owned());
-            sleep(Duration::from_millis(20)).await; // the work
+            match got.len() {
+                1 => timeout(PATIENCE, until_full.notified())
+                    .await
+                    .context("nothing is refused")?,
+                _ => sleep(Duration::from_millis(20)).await, // the work
+            }
             order.ack(BasicAckOptions::default()).await?;
         }
         anyhow::Ok((got, deliveries))
@@ -190,6 +202,7 @@ async fn backpressure(connection: &Connection, channel: &Channel) -> anyhow::Res
         let mut pause = Duration::from_millis(5);
         while !publish(channel, &queue, &order, BasicProperties::default()).await? {
             refusals += 1;
+            full.notify_one();
             sleep(pause).await;
             pause = (pause * 2).min(Duration::from_millis(200));
         }

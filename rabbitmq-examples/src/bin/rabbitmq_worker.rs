@@ -94,7 +94,9 @@ async fn main() -> anyhow::Result<()> {
             },
         }
     }
-    connection.close(200, "OK".into()).await?;
+    timeout(PATIENCE, connection.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close; what was done last may come back")??;
     println!("stopped; tasks done: {done}");
     Ok(())
 }
@@ -148,11 +150,14 @@ async fn work(
         done += u32::from(handle(number, &delivery).await?);
     }
     let tag = deliveries.tag();
-    channel
-        .basic_cancel(tag, BasicCancelOptions::default())
-        .await?;
+    let cancel = channel.basic_cancel(tag, BasicCancelOptions::default());
+    timeout(PATIENCE, cancel)
+        .await
+        .context("the broker does not answer the cancel")??;
     // Left to the drop, it would be half closed when the connection is, and that is an error.
-    channel.close(200, "OK".into()).await?;
+    timeout(PATIENCE, channel.close(200, "OK".into()))
+        .await
+        .context("the broker does not answer the close; what was done last may come back")??;
     Ok(done)
 }
 

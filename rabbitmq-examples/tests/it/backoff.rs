@@ -13,7 +13,6 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_retry_backoff");
 const PAYMENTS: &str = "retry-backoff.payments";
 const DEAD: &str = "retry-backoff.dead";
 const OTHER: &str = "other";
-const WAITING: [u32; 4] = [100, 200, 400, 500];
 
 fn worker(place: &Place) -> Result<Running> {
     place.start(PROGRAM, &[], "waiting for payments")
@@ -81,28 +80,11 @@ async fn sigkill_again_and_again_loses_no_payment() -> Result<()> {
         worker.kill()?;
     }
     let mut worker = worker(&place)?;
-    let done = async {
-        loop {
-            // The dead letters are all there when nothing is on its way any more.
-            let mut rest = place.state(PAYMENTS).await?.0;
-            for delay in WAITING {
-                rest += place.state(&format!("{PAYMENTS}.wait-{delay}ms")).await?.0;
-            }
-            if rest == 0 && place.state(DEAD).await?.0 >= 300 {
-                return anyhow::Ok(());
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-        }
-    };
-    tokio::time::timeout(SOON * 2, done)
-        .await
-        .context("not all become dead letters")??;
+    // Some come twice: a copy was stored, and the kill came before the ack of the original.
+    let all = (0..300).map(|number| format!(r#"{{"payment_id":"p{number}","fails":1000}}"#));
+    place.take_until(DEAD, &all.collect()).await?;
     worker.interrupt()?;
     worker.wait(SOON)?.ok()?;
-    let mut dead = place.drain(DEAD).await?;
-    dead.sort();
-    dead.dedup();
-    assert_eq!(dead.len(), 300);
     Ok(())
 }
 

@@ -44,7 +44,7 @@ async fn what_does_not_end_in_time_comes_back() -> Result<()> {
     let program = place
         .example(PROGRAM)
         .env("TASK_SECONDS", "600")
-        .env("GRACE_SECONDS", "1");
+        .env("GRACE_SECONDS", "5");
     let mut working = program.spawn()?;
     working.wait_for("task-2: begun", SOON)?;
     place.becomes(QUEUE, (0, 1)).await?;

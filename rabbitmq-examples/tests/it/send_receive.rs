@@ -26,6 +26,7 @@ async fn sigkill_during_the_work_gives_the_task_back() -> Result<()> {
     let mut first = receiver(&place)?;
     send(&place, TASK)?.ok()?;
     first.wait_for("received: Process order #123", SOON)?;
+    first.pause()?;
     place.becomes("tasks", (0, 1)).await?;
     first.kill()?;
     place.becomes("tasks", (1, 0)).await?;

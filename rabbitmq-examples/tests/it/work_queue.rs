@@ -60,6 +60,8 @@ async fn sigkill_hands_the_task_to_the_other_worker() -> Result<()> {
     let mut first = workers(&place, "1")?;
     place.run(SENDER, &["long...."])?.ok()?;
     first.wait_for("received long....", SOON)?;
+    // However long the second takes to start.
+    first.pause()?;
     let mut second = workers(&place, "1")?;
     place.becomes(QUEUE, (0, 2)).await?;
     first.kill()?;
