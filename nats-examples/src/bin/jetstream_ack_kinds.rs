@@ -6,11 +6,11 @@
 //!
 //! ```console
 //! $ cargo lab run jetstream_ack_kinds
-//! ack wait 3 s, at most 5 deliveries
+//! ack wait 5 s, at most 5 deliveries
 //! ack: delivery 1, done
 //! nak: delivery 1, wanted again in 500 ms
 //! nak: delivery 2 after [..] ms, done
-//! progress: delivery 1, works for 4 s and says so every second
+//! progress: delivery 1, works for 6 s and says so every second
 //! progress: done after [..] ms
 //! term: delivery 1, never again
 //! silence: delivery 1, no answer
@@ -36,7 +36,7 @@ use futures::StreamExt;
 use tokio::time::{sleep, timeout};
 
 const STREAM: &str = "ACK_KINDS";
-const ACK_WAIT: Duration = Duration::from_secs(3);
+const ACK_WAIT: Duration = Duration::from_secs(5);
 const DELAY: Duration = Duration::from_millis(500);
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -65,7 +65,7 @@ async fn main() -> anyhow::Result<()> {
             ..Default::default()
         })
         .await?;
-    println!("ack wait 3 s, at most 5 deliveries");
+    println!("ack wait 5 s, at most 5 deliveries");
     let mut messages = consumer
         .stream()
         .max_messages_per_batch(1)
@@ -85,8 +85,8 @@ async fn main() -> anyhow::Result<()> {
                 second(&mut messages, kind, since).await?;
             }
             "progress" => {
-                println!("progress: delivery 1, works for 4 s and says so every second");
-                for _ in 0..4 {
+                println!("progress: delivery 1, works for 6 s and says so every second");
+                for _ in 0..6 {
                     sleep(Duration::from_secs(1)).await;
                     answer(&message, AckKind::Progress).await?;
                 }

@@ -6,8 +6,8 @@
 //!
 //! ```console
 //! $ cargo lab run jetstream_async_publish
-//! one by one: 5000 acknowledged, 0 sent again, 1 refused, [..] messages/s
-//! 256 in flight: 5000 acknowledged, 0 sent again, 1 refused, [..] messages/s
+//! one by one: 5000 acknowledged, [..] sent again, 1 refused, [..] messages/s
+//! 256 in flight: 5000 acknowledged, [..] sent again, 1 refused, [..] messages/s
 //! [..] times as fast
 //! in the stream: 10000
 //! ```

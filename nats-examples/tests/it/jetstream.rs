@@ -786,8 +786,8 @@ async fn a_customers_orders_stay_in_one_partition_and_in_order() -> Result<()> {
     let jetstream = jetstream(&nats).await?;
     run(PARTITIONS, &["send", "120"], &nats)?.ok()?;
     let mut dying = working(PARTITIONS, &[], "20", &nats)?;
-    let staying = working(PARTITIONS, &[], "20", &nats)?;
     dying.wait_for("order", SOON)?;
+    let staying = working(PARTITIONS, &[], "20", &nats)?;
     dying.wait_for("order", SOON)?;
     dying.kill()?;
     dying.wait(SOON)?;
@@ -858,7 +858,7 @@ async fn the_monitor_tells_pending_unacknowledged_and_lost_apart() -> Result<()>
         .await?;
     let mut monitor = Example::new(LAG)
         .env("LAG_INTERVAL", "1")
-        .env("LAG_THRESHOLD", "3")
+        .env("LAG_THRESHOLD", "4")
         .broker(&nats)
         .spawn()?;
     monitor.wait_for(

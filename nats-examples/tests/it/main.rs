@@ -8,7 +8,8 @@ mod publish_subscribe;
 mod requests;
 mod stores;
 
+/// The longest of all. Tests start in the order of their names.
 #[test]
-fn transcripts() {
+fn all_transcripts() {
     compose::harness::transcripts(env!("CARGO_PKG_NAME"), env!("CARGO_BIN_EXE_nats_publish"));
 }

@@ -131,13 +131,13 @@ async fn consume(
             message = consumer.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
         sleep(Duration::from_millis(20)).await; // the work
-        if last_of_batch(&message) {
-            consumer.ack(&message).await?;
-        }
         println!(
             "{name}: {}",
             String::from_utf8_lossy(&message.deserialize())
         );
+        if last_of_batch(&message) {
+            consumer.ack(&message).await?;
+        }
     }
     close(consumer).await?;
     println!("{name}: closed");

@@ -120,14 +120,14 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>, address: &str, name: &str) -> a
             message = consumer.try_next() => message?.with_context(|| format!("lost the connection to {address}"))?,
         };
         sleep(Duration::from_millis(20)).await; // the work
-        if last_of_batch(&message) {
-            consumer.ack(&message).await?;
-        }
         let user = message.key().unwrap_or_else(|| "nobody".into());
         println!(
             "{name}: {user} {}",
             String::from_utf8_lossy(&message.deserialize())
         );
+        if last_of_batch(&message) {
+            consumer.ack(&message).await?;
+        }
         done += 1;
     }
     close(consumer).await?;

@@ -38,7 +38,7 @@ use anyhow::{Context, bail};
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use pulsar::consumer::InitialPosition;
-use pulsar::{Consumer, ConsumerOptions, Pulsar, SubType, TokioExecutor};
+use pulsar::{Consumer, ConsumerOptions, ProducerOptions, Pulsar, SubType, TokioExecutor};
 use tokio::time::{sleep, timeout};
 
 const TOPIC: &str = "persistent://public/default/negative-ack-jobs";
@@ -61,9 +61,18 @@ async fn main() -> anyhow::Result<()> {
 }
 
 async fn send(pulsar: &Pulsar<TokioExecutor>, jobs: &[String]) -> anyhow::Result<()> {
-    let mut producer = pulsar.producer().with_topic(TOPIC).build().await?;
+    let options = ProducerOptions {
+        // Or more jobs than its queue holds would be an error.
+        block_queue_if_full: true,
+        ..ProducerOptions::default()
+    };
+    let builder = pulsar.producer().with_topic(TOPIC).with_options(options);
+    let mut producer = builder.build().await?;
+    let mut receipts = Vec::new();
     for job in jobs {
-        let receipt = producer.send_non_blocking(job).await?;
+        receipts.push(producer.send_non_blocking(job).await?);
+    }
+    for receipt in receipts {
         timeout(PATIENCE, receipt)
             .await
             .context("no receipt; send again")??;

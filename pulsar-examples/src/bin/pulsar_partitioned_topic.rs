@@ -177,9 +177,6 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>, address: &str, name: &str) -> a
             },
         };
         sleep(Duration::from_millis(20)).await; // the work
-        if last_of_batch(&message) {
-            consumer.ack(&message).await?;
-        }
         let partition = message.topic.rsplit('-').next().unwrap_or_default();
         let user = message.key().unwrap_or_else(|| "nobody".into());
         let order = message.deserialize();
@@ -187,6 +184,9 @@ async fn consume(pulsar: &Pulsar<TokioExecutor>, address: &str, name: &str) -> a
             "{name}: partition {partition}: {user} {}",
             String::from_utf8_lossy(&order)
         );
+        if last_of_batch(&message) {
+            consumer.ack(&message).await?;
+        }
         done += 1;
     }
     close(consumer).await?;

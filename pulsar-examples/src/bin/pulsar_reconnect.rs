@@ -9,7 +9,7 @@
 //! ...
 //! stored: tick 0
 //! ...
-//! received: tick 1
+//! received: tick [..]
 //! ...
 //! 2$ cargo lab kill pulsar
 //! 1:
@@ -80,7 +80,9 @@ async fn main() -> anyhow::Result<()> {
     let started = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
     let run = format!("{}-{started}", std::process::id());
     // Before the first tick: from now on, the broker keeps them for us.
-    subscribe(&pulsar, &run).await?.close().await?;
+    // It makes the topic, too, on a broker that may be starting.
+    let mut consumer = subscribe(&pulsar, &run, 4 * PATIENCE).await?;
+    consumer.close().await?;
     drop(pulsar);
     let (ticks, to_send) = channel(1000);
     let (events, mut happened) = unbounded_channel();
@@ -272,6 +274,7 @@ async fn consume(address: String, run: String, events: UnboundedSender<Event>, e
 async fn subscribe(
     pulsar: &Pulsar<TokioExecutor>,
     run: &str,
+    patience: Duration,
 ) -> anyhow::Result<Consumer<Vec<u8>, TokioExecutor>> {
     let options = ConsumerOptions::default()
         .with_initial_position(InitialPosition::Earliest)
@@ -284,7 +287,7 @@ async fn subscribe(
         // How many the client asks for at a time. Kept below its queue, or acks wait behind messages.
         .with_batch_size(100)
         .with_options(options);
-    Ok(timeout(PATIENCE, builder.build())
+    Ok(timeout(patience, builder.build())
         .await
         .context("no consumer in time")??)
 }
@@ -296,7 +299,7 @@ async fn receive_all(
     ended: &Notify,
 ) -> anyhow::Result<()> {
     let pulsar = connect(address).await?;
-    let mut consumer = subscribe(&pulsar, run).await?;
+    let mut consumer = subscribe(&pulsar, run, PATIENCE).await?;
     println!("consumer: back");
     loop {
         let message = tokio::select! {

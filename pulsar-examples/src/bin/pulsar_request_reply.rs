@@ -24,7 +24,7 @@
 //! agreed prefix and a plain name: a message could name any. A place that takes no answer costs it five seconds. One
 //! producer per reply topic is kept: to make one for each answer, as `Pulsar::send` invites to, does not scale.
 //!
-//! Try: ask with no server there: it gives up after five seconds, and a server that starts later works on the stored
+//! Try: ask with no server there: it gives up after twenty seconds, and a server that starts later works on the stored
 //! question all the same; its answer goes nowhere.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_shared: several servers share the questions.
@@ -43,6 +43,8 @@ const REQUESTS: &str = "persistent://public/default/request-reply-questions";
 const REPLIES: &str = "non-persistent://public/default/request-reply-answers-";
 const SUBSCRIPTION: &str = "request-reply-server";
 const PATIENCE: Duration = Duration::from_secs(5);
+/// For all answers together: others may be asking, too.
+const ANSWERS: Duration = Duration::from_secs(20);
 const MOST_ASKERS: usize = 100;
 
 #[tokio::main]
@@ -100,7 +102,7 @@ async fn ask(
             .context("no receipt; ask again")??;
         open.insert(id, question);
     }
-    let mut limit = pin!(sleep(PATIENCE));
+    let mut limit = pin!(sleep(ANSWERS));
     while !open.is_empty() {
         let reply = tokio::select! {
             reply = replies.try_next() => reply?.with_context(|| format!("lost the connection to {address}"))?,
@@ -116,7 +118,7 @@ async fn ask(
     close(replies).await?;
     if !open.is_empty() {
         bail!(
-            "{} questions without an answer within {PATIENCE:?}: is a server running?",
+            "{} questions without an answer within {ANSWERS:?}: is a server running?",
             open.len()
         );
     }

@@ -12,7 +12,6 @@
 //! 1:
 //! order-1: done at attempt 1
 //! flaky-2: attempt 1 failed, again in 1[..] ms: the bank does not answer
-//! broken-3: attempt 1 failed, again in 1[..] ms: no such account
 //! ...
 //! broken-3: attempt 5 failed, now a dead letter: no such account
 //! 1^C

@@ -154,7 +154,8 @@ async fn send(
         ..ProducerOptions::default()
     };
     let builder = pulsar.producer().with_topic(TOPIC).with_options(options);
-    let producer = timeout(PATIENCE, builder.build())
+    // The first one makes the topic and stores the schema, on a broker that may be starting.
+    let producer = timeout(4 * PATIENCE, builder.build())
         .await
         .context("no answer")?;
     let mut producer =

@@ -9,7 +9,7 @@ use futures::TryStreamExt;
 use pulsar::consumer::InitialPosition;
 use pulsar::{Consumer, ConsumerOptions, Pulsar, TokioExecutor};
 
-use crate::support::send_batch;
+use crate::support::{self, send_batch};
 
 const SOON: Duration = Duration::from_secs(30);
 const TOPIC: &str = "persistent://public/default/orders";
@@ -28,11 +28,7 @@ async fn client(pulsar: &Broker) -> Result<Pulsar<TokioExecutor>> {
 }
 
 async fn send(client: &Pulsar<TokioExecutor>, payloads: &[String]) -> Result<()> {
-    let mut producer = client.producer().with_topic(TOPIC).build().await?;
-    for payload in payloads {
-        producer.send_non_blocking(payload.as_str()).await?.await?;
-    }
-    Ok(producer.close().await?)
+    support::send(client, TOPIC, payloads).await
 }
 
 fn orders(count: u32) -> Vec<String> {
@@ -139,16 +135,16 @@ async fn of_a_batch_nothing_is_lost_by_a_sigkill_nor_by_a_message_that_is_no_ord
     let pulsar = Broker::private(Service::Pulsar)?;
     let client = client(&pulsar).await?;
     let mut first = consumer(&pulsar)?;
-    send_batch(&client, TOPIC, orders(10)).await?;
+    send_batch(&client, TOPIC, orders(50)).await?;
     first.wait_for(" o0 of u", SOON)?;
     first.kill()?;
     first.wait(SOON)?;
     let mut second = consumer(&pulsar)?;
-    second.wait_for(" o9 of u, 1 cents: acknowledged", SOON)?;
+    second.wait_for(" o49 of u, 1 cents: acknowledged", SOON)?;
     second.interrupt()?;
     second.wait(SOON)?.ok()?;
     let lines = second.lines();
-    for id in 0..10 {
+    for id in 0..50 {
         let order = format!(" o{id} of u");
         assert!(
             lines.iter().any(|line| line.contains(&order)),

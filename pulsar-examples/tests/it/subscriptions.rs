@@ -21,7 +21,7 @@ fn consumer(binary: &str, broker: &Broker, args: &[&str]) -> Result<Running> {
     Ok(running)
 }
 
-/// A consumer is killed after the first of ten orders: the next gets all that had a receipt, in order.
+/// A consumer is killed after the first of a hundred orders: the next gets all that had a receipt, in order.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_is_acknowledged_after_its_last_order_on_all_four() -> Result<()> {
     let broker = Broker::private(Service::Pulsar)?;
@@ -34,7 +34,7 @@ async fn a_batch_is_acknowledged_after_its_last_order_on_all_four() -> Result<()
     ] {
         let orders = topic(orders);
         let mut first = consumer(binary, &broker, &["first"])?;
-        let batch = (1..=10).map(|number| format!("order-{number}"));
+        let batch = (1..=100).map(|number| format!("order-{number}"));
         send_batch(&client, &orders, batch).await?;
         first.wait_for("order-1", SOON)?;
         first.kill()?;
@@ -47,7 +47,7 @@ async fn a_batch_is_acknowledged_after_its_last_order_on_all_four() -> Result<()
         stop(&mut second)?;
         assert_eq!(
             numbers(&second.lines(), "order-"),
-            (1..=10).collect::<Vec<_>>(),
+            (1..=100).collect::<Vec<_>>(),
             "{subscription}"
         );
     }
@@ -76,10 +76,14 @@ async fn failover_and_key_shared_keep_the_order_over_a_sigkill_of_the_broker() -
         (FAILOVER, "failover-orders", "failover-worker"),
         (KEY_SHARED, "key-shared-orders", "key-shared-worker"),
     ] {
-        let mut first = consumer(binary, &broker, &["anna"])?;
-        run(binary, &broker, &["send", "400"])?;
-        wait_lines(&mut first, "order-", 20)?;
+        let first = consumer(binary, &broker, &["anna"])?;
         running.push((binary, topic(orders), subscription, first));
+    }
+    for (binary, ..) in &running {
+        run(binary, &broker, &["send", "400"])?;
+    }
+    for (.., first) in &mut running {
+        wait_lines(first, "order-", 20)?;
     }
     broker.kill(1)?;
     let mut before = Vec::new();
@@ -153,8 +157,6 @@ fn rest_in_order(first: &[u32], second: &[u32], end: u32) {
 async fn exclusive_refuses_a_second_and_the_next_goes_on_in_order() -> Result<()> {
     let broker = shared()?;
     let mut first = consumer(EXCLUSIVE, broker, &["first"])?;
-    run(EXCLUSIVE, broker, &["send", "200"])?;
-    wait_lines(&mut first, "first: order-", 10)?;
     let refused = start(EXCLUSIVE, broker, &["second"])?.wait(SOON)?;
     assert_eq!(refused.code(), 1);
     assert!(
@@ -164,6 +166,8 @@ async fn exclusive_refuses_a_second_and_the_next_goes_on_in_order() -> Result<()
     );
     let mut third = start(EXCLUSIVE, broker, &["third", "wait"])?;
     third.wait_for("waiting", SOON)?;
+    run(EXCLUSIVE, broker, &["send", "200"])?;
+    wait_lines(&mut first, "first: order-", 10)?;
     first.kill()?;
     first.wait(SOON)?;
     third.wait_for("third: order-200", SOON)?;
