@@ -156,8 +156,8 @@ async fn process(message: &BorrowedMessage<'_>) -> bool {
 
 /// Leaves the group: the others take over now and not after session.timeout.ms.
 ///
-/// With the broker gone this takes as long as that time, and for ever if librdkafka (2.12) has lost track of a commit
-/// that was under way. Hence a thread that can be left behind.
+/// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
+/// Hence a thread that can be left behind.
 fn leave(consumer: StreamConsumer<Narrator>) {
     let (done, left) = mpsc::channel();
     thread::spawn(move || {

@@ -18,6 +18,7 @@
 //! partition 0 offset 1: invalid-2 failed: it says that it is invalid; partition 0 stops here
 //! ...
 //! 1^C
+//! ...
 //! left the group
 //! 1$ cargo lab run kafka_manual_commit
 //! ...
@@ -26,6 +27,7 @@
 //! partition 0 offset 2: order-4 processed
 //! partition 0 offset 2: committed 3
 //! 1^C
+//! ...
 //! left the group
 //! ```
 //!
@@ -184,8 +186,8 @@ async fn work(
 
 /// Leaves the group: the others take over now and not after session.timeout.ms.
 ///
-/// With the broker gone this takes as long as that time, and for ever if librdkafka (2.12) has lost track of a commit
-/// that was under way. Hence a thread that can be left behind.
+/// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
+/// Hence a thread that can be left behind.
 fn leave(consumer: StreamConsumer) {
     let (done, left) = mpsc::channel();
     thread::spawn(move || {

@@ -15,7 +15,7 @@
 //! 1^C
 //! ...
 //! handing over [0, 1]: committed {[..]}
-//! left the group; orders done: 200
+//! left the group; orders done: [..]
 //! ```
 //!
 //! Notice: to commit each record when its own work is done is the usual mistake. The commit of offset 9 says that 5 is
@@ -172,8 +172,8 @@ async fn read(consumer: &StreamConsumer<Ledger>, lanes: u64) -> anyhow::Result<(
 
 /// Leaves the group: the others take over now and not after session.timeout.ms.
 ///
-/// With the broker gone this takes as long as that time, and for ever if librdkafka (2.12) has lost track of a commit
-/// that was under way. Hence a thread that can be left behind.
+/// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
+/// Hence a thread that can be left behind.
 fn leave(consumer: StreamConsumer<Ledger>) {
     let (done, left) = std::sync::mpsc::channel();
     thread::spawn(move || {

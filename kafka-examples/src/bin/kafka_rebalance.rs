@@ -8,6 +8,8 @@
 //! 1$ cargo lab run kafka_rebalance
 //! assigned: [0, 1, 2, 3]
 //! 3$ cargo lab run kafka_rebalance send 1500
+//! 1:
+//! done: [..]
 //! 2$ cargo lab run kafka_rebalance
 //! assigned: [[..]]
 //! done: [..]
@@ -176,8 +178,8 @@ async fn work(consumer: &StreamConsumer<Handover>) -> anyhow::Result<u32> {
 
 /// Leaves the group: the others take over now and not after session.timeout.ms.
 ///
-/// With the broker gone this takes as long as that time, and for ever if librdkafka (2.12) has lost track of a commit
-/// that was under way. Hence a thread that can be left behind.
+/// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
+/// Hence a thread that can be left behind.
 fn leave(consumer: StreamConsumer<Handover>) {
     let (done, left) = mpsc::channel();
     thread::spawn(move || {

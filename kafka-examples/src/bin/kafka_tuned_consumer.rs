@@ -6,18 +6,18 @@
 //! in time, notices the loss, and does not store the position of work that no longer counts.
 //!
 //! ```console
-//! $ MAX_POLL_INTERVAL_MS=6000 cargo lab run kafka_tuned_consumer 10 8000 20
+//! $ MAX_POLL_INTERVAL_MS=6000 cargo lab run kafka_tuned_consumer 10 10000 20
 //! sent 3 jobs
 //! assigned: [0]
 //! offset 0: 10 ms of work, [..] ms after it was sent
 //! offset 0: done
-//! offset 1: 8000 ms of work, [..] ms after it was sent
+//! offset 1: 10000 ms of work, [..] ms after it was sent
 //! offset 1: still working after 4800 ms; at 6000 ms the group gives its partition away
 //! offset 1: done, but too late: the partition is lost, and so is the position
 //! out of the group: [..]PollExceeded[..]
 //! revoked: [0]
 //! assigned: [0]
-//! offset 1: 8000 ms of work, [..] ms after it was sent
+//! offset 1: 10000 ms of work, [..] ms after it was sent
 //! offset 1: done before, and now its position counts
 //! offset 2: 20 ms of work, [..] ms after it was sent
 //! offset 2: done
@@ -181,8 +181,8 @@ async fn work(consumer: &StreamConsumer<Narrator>, limit: Duration) -> anyhow::R
 
 /// Leaves the group: the others take over now and not after session.timeout.ms.
 ///
-/// With the broker gone this takes as long as that time, and for ever if librdkafka (2.12) has lost track of a commit
-/// that was under way. Hence a thread that can be left behind.
+/// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
+/// Hence a thread that can be left behind.
 fn leave(consumer: StreamConsumer<Narrator>) {
     let (done, left) = mpsc::channel();
     thread::spawn(move || {

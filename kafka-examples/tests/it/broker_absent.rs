@@ -114,17 +114,17 @@ fn ctrl_c_ends_every_consumer_although_the_broker_died() -> Result<()> {
             .env("METRICS_PORT", "0")
             .broker(&kafka)
     };
-    let (mut writers, mut running) = (Vec::new(), Vec::new());
-    for (writer, args, consumer, _) in &consumers {
-        writers.push(example(writer).args(args).spawn()?);
+    // One after another: each has to be served within seconds by a broker that has just started.
+    for (writer, args, ..) in &consumers {
+        example(writer).args(args).spawn()?.wait(SOON)?.ok()?;
+    }
+    let mut running = Vec::new();
+    for (.., consumer, _) in &consumers {
         running.push(example(consumer).spawn()?);
     }
     // It brings its own work, and is still busy with it.
     let tuned = env!("CARGO_BIN_EXE_kafka_tuned_consumer");
     running.push(example(tuned).args(["10", "10", "10"]).spawn()?);
-    for mut writer in writers {
-        writer.wait(SOON)?.ok()?;
-    }
     let first = consumers.iter().map(|(.., first)| *first);
     for (process, first) in running.iter_mut().zip(first.chain(["offset 0: done"])) {
         process.wait_for(first, SOON)?;

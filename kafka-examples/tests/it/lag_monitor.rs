@@ -34,7 +34,10 @@ fn commit(kafka: &Broker, partition: i32, position: i64) -> Result<()> {
     // A broker that has just started may not have taken over its groups yet.
     let deadline = Instant::now() + SOON;
     while let Err(error) = client.commit(&list, CommitMode::Sync) {
-        let passing = error.rdkafka_error_code() == Some(RDKafkaErrorCode::NotCoordinator);
+        let passing = matches!(
+            error.rdkafka_error_code(),
+            Some(RDKafkaErrorCode::NotCoordinator | RDKafkaErrorCode::CoordinatorLoadInProgress)
+        );
         ensure!(
             passing && Instant::now() < deadline,
             "cannot commit: {error}"

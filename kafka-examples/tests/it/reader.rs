@@ -61,3 +61,30 @@ pub fn read(kafka: &Broker, topic: &str, isolation: &str) -> Result<Vec<OwnedMes
     }
     Ok(records)
 }
+
+/// Waits until no transaction on the topic is open.
+///
+/// A commit is answered when it is decided. Its markers are written after that, and until they are, a reader of what is
+/// committed comes to an end before it.
+pub fn await_markers(kafka: &Broker, topic: &str) -> Result<()> {
+    let reader = |isolation: &str| -> Result<BaseConsumer> {
+        Ok(ClientConfig::new()
+            .set("bootstrap.servers", kafka.address())
+            .set("isolation.level", isolation)
+            .create()?)
+    };
+    let (committed, all) = (reader("read_committed")?, reader("read_uncommitted")?);
+    let metadata = all.fetch_metadata(Some(topic), SOON)?;
+    let deadline = Instant::now() + SOON;
+    for partition in metadata.topics()[0].partitions() {
+        let end = |reader: &BaseConsumer| reader.fetch_watermarks(topic, partition.id(), SOON);
+        while end(&committed)? != end(&all)? {
+            ensure!(
+                Instant::now() < deadline,
+                "a transaction is open on {topic}"
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    Ok(())
+}

@@ -42,7 +42,7 @@ fn repeats(kafka: &Broker, args: &[&str]) -> Result<usize> {
         sender.try_wait()?.is_none(),
         "the end came after the last order"
     );
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + 3 * SOON;
     loop {
         let second = done(&mut second);
         let all: BTreeSet<&String> = first.iter().chain(&second).collect();

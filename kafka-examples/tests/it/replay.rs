@@ -10,6 +10,8 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
+use crate::reader;
+
 const SOON: Duration = Duration::from_secs(30);
 
 /// What a replay printed, without its first two lines about the partitions.
@@ -111,6 +113,7 @@ async fn ends_where_a_transaction_ends() -> Result<()> {
         .payload("committed");
     producer.send(record).map_err(|(error, _)| error)?;
     producer.commit_transaction(SOON)?;
+    reader::await_markers(&kafka, "replay-readings")?;
     let lines = replay(&kafka, &["offset", "6"])?;
     assert_eq!(lines.len(), 2, "{lines:?}");
     assert!(lines[0].ends_with("offset 6: committed"), "{lines:?}");

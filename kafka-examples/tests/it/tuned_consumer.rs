@@ -47,8 +47,9 @@ fn too_long_is_out_of_the_group_and_the_job_moves_to_another() -> Result<()> {
     let kafka = Broker::private(Service::Kafka)?;
     let judge = judge(&kafka)?;
     let mut first = consumer(&kafka, "12000", &["10", "25000"])?;
-    first.wait_for("offset 1: still working after 9600 ms", SOON)?;
+    first.wait_for("offset 1: 25000 ms of work", SOON)?;
     assert_eq!(members(&judge)?, 1, "not yet too late");
+    first.wait_for("offset 1: still working after 9600 ms", SOON)?;
     let deadline = Instant::now() + SOON;
     while members(&judge)? > 0 {
         assert!(Instant::now() < deadline, "it is still a member");

@@ -189,13 +189,11 @@ fn without_kafka_there_is_one_readable_error() -> Result<()> {
         let begun = Instant::now();
         let ended = program(&state, "127.0.0.1:1", &part)
             .spawn()?
-            .wait(Duration::from_secs(15))?;
+            .wait(MINUTE)?;
         assert_eq!(ended.code(), 1);
-        assert!(
-            begun.elapsed() < Duration::from_secs(11),
-            "{:?}",
-            begun.elapsed()
-        );
+        // It waits a moment for a broker that is starting too, but not as long as the client's own limit.
+        let waited = begun.elapsed();
+        assert!(waited < Duration::from_secs(40), "{waited:?}");
         assert!(ended.stderr.contains("127.0.0.1:1"), "{}", ended.stderr);
         assert!(
             ended.stderr.contains("cargo lab up kafka"),

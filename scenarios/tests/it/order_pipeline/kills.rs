@@ -12,7 +12,7 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::{Offset, TopicPartitionList};
 
 use super::checker::{Event, check};
-use super::{MINUTE, books, committed, program, reported};
+use super::{MINUTE, books, books_file, committed, program, reported};
 
 const ORDERS: usize = 6000;
 const KILLS: usize = 20;
@@ -172,6 +172,26 @@ fn effects(state: &tempfile::TempDir, stage: &str) -> i64 {
     books(state, stage, "SELECT count(*) FROM handled").unwrap_or(0)
 }
 
+/// One that is frozen in the middle of a write has its books locked, and nobody could take its place.
+fn freeze_outside_of_a_write(
+    process: &mut Running,
+    state: &tempfile::TempDir,
+    stage: &str,
+) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        process.pause()?;
+        let books = rusqlite::Connection::open(books_file(state, stage)?)?;
+        books.busy_timeout(Duration::ZERO)?;
+        match books.execute_batch("BEGIN IMMEDIATE; ROLLBACK") {
+            Ok(()) => return Ok(()),
+            Err(error) => ensure!(begun.elapsed() < MINUTE, "always locked: {error}"),
+        }
+        process.resume()?;
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Waits until the stage has made another effect, for a second at most: there may be nothing to do.
 fn await_effect(state: &tempfile::TempDir, stage: &str) {
     let (before, begun) = (effects(state, stage), Instant::now());
@@ -205,7 +225,7 @@ fn a_frozen_stage_that_was_replaced_gives_up() -> Result<()> {
     }
     await_effects(&state, "payment", 10)?;
     let mut frozen = pipeline.running.remove("payment").context("payment")?;
-    frozen.pause()?;
+    freeze_outside_of_a_write(&mut frozen, &state, "payment")?;
     pipeline.start("payment")?;
     // Not at the end: one that finds nothing to do would not notice, and do no harm.
     await_effects(&state, "payment", 100)?;

@@ -4,10 +4,10 @@ mod checker;
 mod inputs;
 mod kills;
 
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use compose::harness::Example;
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -38,6 +38,9 @@ impl ArgState for Example {
 }
 
 /// All that a `read_committed` consumer finds on `topic`, partition by partition.
+///
+/// A commit is answered when it is decided. Its markers are written after that, and until they are, such a consumer
+/// comes to an end before it; so this waits for them.
 fn committed(brokers: &str, topic: &str) -> Result<Vec<OwnedMessage>> {
     let reader: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
@@ -50,6 +53,21 @@ fn committed(brokers: &str, topic: &str) -> Result<Vec<OwnedMessage>> {
     let mut all = TopicPartitionList::new();
     for partition in metadata.topics()[0].partitions() {
         all.add_partition_offset(topic, partition.id(), Offset::Beginning)?;
+    }
+    let any: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .set("isolation.level", "read_uncommitted")
+        .create()?;
+    let deadline = Instant::now() + MINUTE;
+    for partition in all.elements() {
+        let end = |of: &BaseConsumer| of.fetch_watermarks(topic, partition.partition(), MINUTE);
+        while end(&reader)? != end(&any)? {
+            ensure!(
+                Instant::now() < deadline,
+                "a transaction is open on {topic}"
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
     let mut open = all.count();
     reader.assign(&all)?;
@@ -72,13 +90,17 @@ fn header(record: &OwnedMessage, key: &str) -> Option<String> {
 
 /// One number from the books of a service.
 fn books(state: &TempDir, service: &str, sql: &str) -> Result<i64> {
+    let file = books_file(state, service)?;
+    let db = Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    Ok(db.query_row(sql, [], |row| row.get(0))?)
+}
+
+fn books_file(state: &TempDir, service: &str) -> Result<PathBuf> {
     let cluster = std::fs::read_dir(state.path())?
         .flatten()
         .find(|entry| entry.path().is_dir())
         .context("no books")?;
-    let file = cluster.path().join(format!("{service}.db"));
-    let db = Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-    Ok(db.query_row(sql, [], |row| row.get(0))?)
+    Ok(cluster.path().join(format!("{service}.db")))
 }
 
 /// The number that the report gives for `what`.
