@@ -22,6 +22,8 @@ const START_LIMIT: Duration = Duration::from_secs(180);
 
 /// How long a broker may take to end by itself before it is killed.
 const STOP_GRACE: Duration = Duration::from_secs(20);
+/// The same for one that writes its class archive at the end, which may take some seconds more.
+const ARCHIVE_GRACE: Duration = Duration::from_secs(120);
 
 /// What a service runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -375,7 +377,7 @@ impl Broker {
             Backend::Mock => bail!("the mock cluster keeps nothing, so it cannot be restarted"),
         }
         if let Some(mut process) = self.lock(node)?.take() {
-            process.stop(STOP_GRACE)?;
+            process.stop(self.grace())?;
         }
         self.spawn(node)?;
         self.await_ready(node)
@@ -395,11 +397,18 @@ impl Broker {
         }
         for number in self.numbers() {
             if let Some(mut process) = self.lock(number)?.take() {
-                let status = process.stop(STOP_GRACE)?;
+                let status = process.stop(self.grace())?;
                 self.keep_archive(number, status);
             }
         }
         Ok(())
+    }
+
+    fn grace(&self) -> Duration {
+        match self.setup.archive {
+            Some(_) => ARCHIVE_GRACE,
+            None => STOP_GRACE,
+        }
     }
 
     fn keep_archive(&self, node: u16, status: ExitStatus) {
@@ -525,7 +534,7 @@ impl Drop for Broker {
                 // It is of no further use to anybody, and is killed, unless it has something to leave behind.
                 if let Some(mut process) = process.take()
                     && self.setup.archive.is_some()
-                    && let Ok(status) = process.stop(STOP_GRACE)
+                    && let Ok(status) = process.stop(self.grace())
                 {
                     self.keep_archive(number, status);
                 }

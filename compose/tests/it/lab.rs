@@ -6,6 +6,7 @@
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -249,16 +250,14 @@ fn an_interrupt_reaches_the_example_and_its_exit_code_comes_back() {
     let lab = Lab::new();
     let child = lab
         .command(&["run", "nats_subscribe"])
+        // In the terminal's foreground, Ctrl-C would be taken for one that the example has got from there as well.
+        .process_group(0)
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
     let entry = lab.await_entry("nats");
     await_subscription(&entry);
-    kill(
-        Pid::from_raw(i32::try_from(child.id()).unwrap()),
-        Signal::SIGINT,
-    )
-    .unwrap();
+    interrupt(&child);
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", text(&output));
     eventually("the broker is gone", || !lives(node_pid(&entry)));
@@ -274,24 +273,42 @@ fn an_example_dies_with_a_lab_that_is_killed() {
         .unwrap();
     let entry = lab.await_entry("nats");
     await_subscription(&entry);
-    let parent = child.id().to_string();
-    let output = Command::new("ps")
-        .args(["-A", "-o", "pid=,ppid=,args="])
-        .output()
-        .unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    let example: i32 = text
-        .lines()
-        .find(|line| {
-            line.contains("nats_subscribe") && line.split_whitespace().nth(1) == Some(&parent)
-        })
-        .and_then(|line| line.split_whitespace().next()?.parse().ok())
-        .expect("the example is a child of lab");
+    let example = example_of(&child);
     child.kill().unwrap();
     child.wait().unwrap();
     eventually("broker and example are gone", || {
         !lives(node_pid(&entry)) && !lives(example)
     });
+}
+
+/// The process of the example that this `lab` runs.
+fn example_of(lab: &Child) -> i32 {
+    let parent = lab.id().to_string();
+    let output = Command::new("ps")
+        .args(["-A", "-o", "pid=,ppid=,args="])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines()
+        .find(|line| {
+            line.contains("nats_subscribe") && line.split_whitespace().nth(1) == Some(&parent)
+        })
+        .and_then(|line| line.split_whitespace().next()?.parse().ok())
+        .expect("the example is a child of lab")
+}
+
+/// Ctrl-C for `lab`, as soon as its example listens for it, which is a moment after it has subscribed.
+fn interrupt(lab: &Child) {
+    let status = format!("/proc/{}/status", example_of(lab));
+    eventually("the example listens for Ctrl-C", || {
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        // Not every system tells.
+        caught.is_none_or(|mask| mask & 1 << (Signal::SIGINT as i32 - 1) != 0)
+    });
+    let lab = Pid::from_raw(i32::try_from(lab.id()).unwrap());
+    kill(lab, Signal::SIGINT).unwrap();
 }
 
 /// Waits until the server has a subscription, other than its own, by its own account.
@@ -309,6 +326,7 @@ fn a_broker_in_use_by_another_run_is_not_taken_away() {
     let lab = Lab::new();
     let first = lab
         .command(&["run", "nats_subscribe"])
+        .process_group(0)
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
@@ -316,6 +334,7 @@ fn a_broker_in_use_by_another_run_is_not_taken_away() {
     await_subscription(&entry);
     let mut second = lab
         .command(&["run", "nats_subscribe"])
+        .process_group(0)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
@@ -325,21 +344,13 @@ fn a_broker_in_use_by_another_run_is_not_taken_away() {
         compose::probe::http_get(&format!("{web}/connz?subs=1"), Duration::from_secs(2))
             .is_some_and(|(_, body)| body.matches("events.").count() >= 2)
     });
-    kill(
-        Pid::from_raw(i32::try_from(first.id()).unwrap()),
-        Signal::SIGINT,
-    )
-    .unwrap();
+    interrupt(&first);
     eventually("the first example has left", || {
         compose::probe::http_get(&format!("{web}/connz?subs=1"), Duration::from_secs(2))
             .is_some_and(|(_, body)| body.matches("events.").count() == 1)
     });
     assert!(lives(node_pid(&entry)));
-    kill(
-        Pid::from_raw(i32::try_from(second.id()).unwrap()),
-        Signal::SIGINT,
-    )
-    .unwrap();
+    interrupt(&second);
     assert!(second.wait().unwrap().success());
     assert!(wait_for_end(first).success());
     assert!(!lives(node_pid(&entry)));
