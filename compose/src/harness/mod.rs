@@ -614,7 +614,7 @@ pub fn broker_absent(service: Service, programs: &[&str]) -> Result<()> {
 ///
 /// ```ignore
 /// #[test]
-/// fn all_transcripts() {
+/// fn transcripts() {
 ///     compose::harness::transcripts(env!("CARGO_PKG_NAME"), env!("CARGO_BIN_EXE_nats_publish"));
 /// }
 /// ```

@@ -24,9 +24,8 @@ mod tracing;
 mod tuned_consumer;
 mod window_aggregation;
 
-/// The longest of all. Tests start in the order of their names.
 #[test]
-fn all_transcripts() {
+fn transcripts() {
     compose::harness::transcripts(
         env!("CARGO_PKG_NAME"),
         env!("CARGO_BIN_EXE_kafka_async_producer"),

@@ -8,8 +8,7 @@ mod publish_subscribe;
 mod requests;
 mod stores;
 
-/// The longest of all. Tests start in the order of their names.
 #[test]
-fn all_transcripts() {
+fn transcripts() {
     compose::harness::transcripts(env!("CARGO_PKG_NAME"), env!("CARGO_BIN_EXE_nats_publish"));
 }

@@ -12,9 +12,8 @@ mod subscriptions;
 mod support;
 mod writing;
 
-/// The longest of all. Tests start in the order of their names.
 #[test]
-fn all_transcripts() {
+fn transcripts() {
     compose::harness::transcripts(
         env!("CARGO_PKG_NAME"),
         env!("CARGO_BIN_EXE_pulsar_producer"),

@@ -18,8 +18,7 @@ mod stream;
 mod tracing;
 mod work_queue;
 
-/// The longest of all. Tests start in the order of their names.
 #[test]
-fn all_transcripts() {
+fn transcripts() {
     compose::harness::transcripts(env!("CARGO_PKG_NAME"), env!("CARGO_BIN_EXE_rabbitmq_send"));
 }

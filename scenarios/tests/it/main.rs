@@ -5,8 +5,7 @@ mod log_aggregation;
 mod order_flow;
 mod order_pipeline;
 
-/// The longest of all. Tests start in the order of their names.
 #[test]
-fn all_transcripts() {
+fn transcripts() {
     compose::harness::transcripts(env!("CARGO_PKG_NAME"), env!("CARGO_BIN_EXE_order_pipeline"));
 }
