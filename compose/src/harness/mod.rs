@@ -387,15 +387,10 @@ impl Running {
     /// It had ended before.
     fn await_handler(&mut self, signal: Signal) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(5);
-        let status = format!("/proc/{}/status", self.process.pid());
-        while self.try_wait()?.is_none() && Instant::now() < deadline {
-            let text = std::fs::read_to_string(&status).unwrap_or_default();
-            let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
-            let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-            match caught {
-                Some(mask) if mask & 1 << (signal as i32 - 1) == 0 => {}
-                _ => break,
-            }
+        while self.try_wait()?.is_none()
+            && Instant::now() < deadline
+            && !handles(self.process.pid(), signal)
+        {
             thread::sleep(Duration::from_millis(5));
         }
         Ok(())
@@ -567,6 +562,14 @@ fn exit_code(status: ExitStatus) -> i32 {
     status
         .code()
         .unwrap_or_else(|| 128 + status.signal().unwrap_or_default())
+}
+
+/// Whether a process has a handler for the signal; true where the system does not tell, and of one that is not there.
+pub fn handles(pid: impl fmt::Display, signal: Signal) -> bool {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    caught.is_none_or(|mask| mask & 1 << (signal as i32 - 1) != 0)
 }
 
 /// Starts each program where no broker listens, and requires that it ends with status 1 and one error, which names the

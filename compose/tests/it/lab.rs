@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use compose::harness::handles;
 use compose::home::Home;
 use compose::ports;
 use nix::sys::signal::{Signal, kill};
@@ -299,13 +300,9 @@ fn example_of(lab: &Child) -> i32 {
 
 /// Ctrl-C for `lab`, as soon as its example listens for it, which is a moment after it has subscribed.
 fn interrupt(lab: &Child) {
-    let status = format!("/proc/{}/status", example_of(lab));
+    let example = example_of(lab);
     eventually("the example listens for Ctrl-C", || {
-        let text = fs::read_to_string(&status).unwrap_or_default();
-        let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
-        let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-        // Not every system tells.
-        caught.is_none_or(|mask| mask & 1 << (Signal::SIGINT as i32 - 1) != 0)
+        handles(example, Signal::SIGINT)
     });
     let lab = Pid::from_raw(i32::try_from(lab.id()).unwrap());
     kill(lab, Signal::SIGINT).unwrap();

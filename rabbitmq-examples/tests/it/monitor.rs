@@ -191,7 +191,8 @@ async fn the_pitfall_is_counted_by_the_broker_and_the_cure_holds() -> Result<()>
         .split(' ')
         .find_map(|word| word.parse::<u32>().ok())
         .context("no count")?;
-    assert!(times > 1, "{line}");
+    // More often than the cure allows.
+    assert!(times > 4, "{line}");
     for queue in [
         "pitfall-missing-ack",
         "pitfall-missing-ack.limited",

@@ -206,6 +206,8 @@ fn every_user_gets_one_mail_though_everything_is_killed() -> Result<()> {
         process.terminate()?;
         process.wait(MINUTE)?.ok()?;
     }
+    assert_eq!(world.open("email")?, (0, 0));
+    assert_eq!(world.open("notification")?, (0, 0));
     Ok(())
 }
 
