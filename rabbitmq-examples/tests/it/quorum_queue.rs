@@ -67,15 +67,18 @@ fn listed(ended: &Finished, what: &str) -> BTreeSet<String> {
     jobs.map(String::from).collect()
 }
 
-/// Sends many jobs, and lets `fault` happen in the middle of it.
+/// Sends many jobs, and lets `fault` happen when a third is in the queue.
+///
+/// A few hundred would be too early: what the sender has not read yet of the confirms is lost with the broker.
 async fn send_under(
     place: &Place,
     jobs: &[String],
     fault: impl FnOnce() -> Result<()>,
 ) -> Result<Finished> {
     let mut sending = place.example(PROGRAM).args(["send"]).args(jobs).spawn()?;
+    let third = jobs.len() / 3;
     place
-        .becomes_such(JOBS, "at least 200", |(ready, _)| ready >= 200)
+        .becomes_such(JOBS, "a third", |(ready, _)| ready as usize >= third)
         .await?;
     ensure!(
         sending.try_wait()?.is_none(),
