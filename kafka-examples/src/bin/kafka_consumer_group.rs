@@ -62,6 +62,8 @@ const TOPIC: &str = "orders";
 const PARTITIONS: i32 = 3;
 const GROUP: &str = "order-processor-group";
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Time for the last commit.
+const LEAVING: Duration = Duration::from_secs(15);
 
 #[derive(Deserialize)]
 struct Order {
@@ -92,8 +94,10 @@ async fn main() -> anyhow::Result<()> {
         .create_with_context(Narrator)?;
     consumer.subscribe(&[TOPIC])?;
     let worked = work(&consumer).await;
-    leave(consumer);
-    println!("left the group; orders processed: {}", worked?);
+    let left = leave(consumer);
+    let processed = worked?;
+    left?;
+    println!("left the group; orders processed: {processed}");
     Ok(())
 }
 
@@ -119,11 +123,7 @@ async fn work(consumer: &StreamConsumer<Narrator>) -> anyhow::Result<u32> {
             Err(error) => eprintln!("waiting for the broker: {error}"),
         }
     }
-
-    match consumer.commit_consumer_state(CommitMode::Sync) {
-        Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => Ok(processed),
-        Err(error) => bail!("the last orders will be processed again: {error}"),
-    }
+    Ok(processed)
 }
 
 /// Works on one record; false if it is not an order.
@@ -154,18 +154,22 @@ async fn process(message: &BorrowedMessage<'_>) -> bool {
     }
 }
 
-/// Leaves the group: the others take over now and not after session.timeout.ms.
+/// Commits what is done and leaves the group: the others take over now and not after session.timeout.ms.
 ///
-/// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
-/// Hence a thread that can be left behind.
-fn leave(consumer: StreamConsumer<Narrator>) {
+/// With the broker gone, either takes as long as that time, and sometimes never ends (librdkafka 2.12; see its issue 3740
+/// for the close). Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer<Narrator>) -> anyhow::Result<()> {
     let (done, left) = mpsc::channel();
     thread::spawn(move || {
+        let committed = consumer.commit_consumer_state(CommitMode::Sync);
         drop(consumer);
-        done.send(())
+        done.send(committed)
     });
-    if left.recv_timeout(PATIENCE).is_err() {
-        eprintln!("left without a word to the group: no broker answers");
+    match left.recv_timeout(LEAVING) {
+        // No offset: all was committed already.
+        Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
+        Ok(Err(error)) => bail!("the last orders will be processed again: {error}"),
+        Err(_) => bail!("no broker answers: the last orders will be processed again"),
     }
 }
 

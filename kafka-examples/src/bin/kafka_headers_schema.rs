@@ -61,6 +61,8 @@ const TOPIC: &str = "schema-events";
 const DEAD_LETTERS: &str = "schema-events.dlq";
 const GROUP: &str = "schema-reader";
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Time for the last commit.
+const LEAVING: Duration = Duration::from_secs(15);
 /// The name of the header, and the major version that this program was written for.
 const VERSION: &str = "schema-version";
 const MAJOR: u32 = 1;
@@ -180,8 +182,9 @@ async fn consume(brokers: &str, producer: &FutureProducer) -> Result<()> {
         .create()?;
     consumer.subscribe(&[TOPIC])?;
     let handled = handle(&consumer, producer).await;
-    leave(consumer);
+    let left = leave(consumer);
     let (handled, letters) = handled?;
+    left?;
     println!("handled {handled}, dead letters {letters}");
     Ok(())
 }
@@ -228,26 +231,25 @@ async fn handle(consumer: &StreamConsumer, producer: &FutureProducer) -> Result<
         }
         consumer.store_offset_from_message(&message)?;
     }
-    match consumer.commit_consumer_state(CommitMode::Sync) {
-        Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {
-            Ok((handled, letters))
-        }
-        Err(error) => bail!("the last events will be handled again: {error}"),
-    }
+    Ok((handled, letters))
 }
 
-/// Leaves the group: the others take over now and not after session.timeout.ms.
+/// Commits what is done and leaves the group: the others take over now and not after session.timeout.ms.
 ///
-/// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
-/// Hence a thread that can be left behind.
-fn leave(consumer: StreamConsumer) {
+/// With the broker gone, either takes as long as that time, and sometimes never ends (librdkafka 2.12; see its issue 3740
+/// for the close). Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer) -> anyhow::Result<()> {
     let (done, left) = mpsc::channel();
     thread::spawn(move || {
+        let committed = consumer.commit_consumer_state(CommitMode::Sync);
         drop(consumer);
-        done.send(())
+        done.send(committed)
     });
-    if left.recv_timeout(PATIENCE).is_err() {
-        eprintln!("left without a word to the group: no broker answers");
+    match left.recv_timeout(LEAVING) {
+        // No offset: all was committed already.
+        Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
+        Ok(Err(error)) => bail!("the last events will be handled again: {error}"),
+        Err(_) => bail!("no broker answers: the last events will be handled again"),
     }
 }
 

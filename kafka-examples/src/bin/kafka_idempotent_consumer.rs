@@ -55,6 +55,8 @@ const PARTITIONS: i32 = 1;
 const GROUP: &str = "idempotent-payments";
 const LARGEST: u64 = 1_000_000_000;
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Time for the last commit.
+const LEAVING: Duration = Duration::from_secs(15);
 
 const TABLES: &str = "
     CREATE TABLE IF NOT EXISTS balances (user_id TEXT PRIMARY KEY, cents INTEGER NOT NULL, payments INTEGER NOT NULL);
@@ -151,8 +153,12 @@ async fn consume(brokers: &str) -> anyhow::Result<()> {
         .create()?;
     consumer.subscribe(&[TOPIC])?;
     let worked = work(&consumer, &mut books, kept).await;
-    leave(consumer);
+    let left = leave(consumer);
     worked?;
+    if let Err(error) = left {
+        // Nothing is wrong with the books: they will know what comes again.
+        eprintln!("{error:#}");
+    }
     let sums =
         "SELECT ifnull(sum(payments), 0), ifnull(sum(cents), 0), (SELECT count(*) FROM no_payments)
         FROM balances";
@@ -186,26 +192,25 @@ async fn work(consumer: &StreamConsumer, books: &mut Connection, kept: i64) -> a
             Err(error) => eprintln!("waiting for the broker: {error}"),
         }
     }
-    match consumer.commit_consumer_state(CommitMode::Sync) {
-        Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
-        // Nothing is wrong with the books: they will know what comes again.
-        Err(error) => eprintln!("the last payments will be read again: {error}"),
-    }
     Ok(())
 }
 
-/// Leaves the group: the others take over now and not after session.timeout.ms.
+/// Commits what is done and leaves the group: the others take over now and not after session.timeout.ms.
 ///
-/// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
-/// Hence a thread that can be left behind.
-fn leave(consumer: StreamConsumer) {
+/// With the broker gone, either takes as long as that time, and sometimes never ends (librdkafka 2.12; see its issue 3740
+/// for the close). Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer) -> anyhow::Result<()> {
     let (done, left) = mpsc::channel();
     thread::spawn(move || {
+        let committed = consumer.commit_consumer_state(CommitMode::Sync);
         drop(consumer);
-        done.send(())
+        done.send(committed)
     });
-    if left.recv_timeout(PATIENCE).is_err() {
-        eprintln!("left without a word to the group: no broker answers");
+    match left.recv_timeout(LEAVING) {
+        // No offset: all was committed already.
+        Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
+        Ok(Err(error)) => bail!("the last payments will be read again: {error}"),
+        Err(_) => bail!("no broker answers: the last payments will be read again"),
     }
 }
 

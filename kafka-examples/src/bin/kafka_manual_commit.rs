@@ -43,7 +43,7 @@
 //! See also: kafka_pitfall_auto_commit, kafka_idempotent_consumer.
 
 use std::pin::pin;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -55,6 +55,8 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedHeaders, BorrowedMessage, Header, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 const TOPIC: &str = "reliable-orders";
 const DEAD_LETTERS: &str = "reliable-orders.dlq";
@@ -122,6 +124,7 @@ async fn consume(
         .set("session.timeout.ms", "10000")
         .create()?;
     consumer.subscribe(&[TOPIC])?;
+    let consumer = Arc::new(consumer);
     let worked = work(&consumer, producer, stop_at_poison).await;
     leave(consumer);
     worked?;
@@ -131,7 +134,7 @@ async fn consume(
 
 /// Until Ctrl-C.
 async fn work(
-    consumer: &StreamConsumer,
+    consumer: &Arc<StreamConsumer>,
     producer: &FutureProducer,
     stop_at_poison: bool,
 ) -> anyhow::Result<()> {
@@ -175,20 +178,35 @@ async fn work(
                 );
             }
         }
-        match consumer.commit_message(&order, CommitMode::Sync) {
+        match commit(consumer, &order).await {
             Ok(()) => println!("{place}: committed {}", offset + 1),
             // Whoever reads on from the last commit processes it again. The next commit covers it, too.
-            Err(error) => println!("{place}: not committed: {error}"),
+            Err(error) => println!("{place}: not committed: {error:#}"),
         }
     }
     Ok(())
+}
+
+/// Returns when the broker has the position behind the order.
+///
+/// With the broker gone, the synchronous commit may block for ever (librdkafka 2.12), and Ctrl-C would not be heard. Hence
+/// a thread that can be left behind; the end of the program would wait for one of tokio's.
+async fn commit(consumer: &Arc<StreamConsumer>, order: &BorrowedMessage<'_>) -> anyhow::Result<()> {
+    let mut position = TopicPartitionList::new();
+    let next = Offset::Offset(order.offset() + 1);
+    position.add_partition_offset(order.topic(), order.partition(), next)?;
+    let consumer = Arc::clone(consumer);
+    let (done, committed) = oneshot::channel();
+    thread::spawn(move || done.send(consumer.commit(&position, CommitMode::Sync)));
+    let committed = timeout(PATIENCE, committed).await;
+    Ok(committed.context("no broker answers")???)
 }
 
 /// Leaves the group: the others take over now and not after session.timeout.ms.
 ///
 /// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
 /// Hence a thread that can be left behind.
-fn leave(consumer: StreamConsumer) {
+fn leave(consumer: Arc<StreamConsumer>) {
     let (done, left) = mpsc::channel();
     thread::spawn(move || {
         drop(consumer);

@@ -28,7 +28,7 @@
 //! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_async_producer, kafka_parallel_consumer.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
@@ -37,7 +37,7 @@ use rdkafka::consumer::{Consumer, StreamConsumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 const TOPIC: &str = "pitfall-ordering";
 const PARTITIONS: i32 = 3;
@@ -53,7 +53,7 @@ async fn main() -> anyhow::Result<()> {
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     create_topic(&brokers).await?;
     for (title, keyed) in [("without a key", false), ("with the user as key", true)] {
-        let (consumer, ends) = reader(&brokers)?;
+        let (consumer, ends) = reader(&brokers).await?;
         let sent = send(&brokers, keyed).await?;
         // Only now: the events have piled up, as they do whenever a consumer is slow, or restarts.
         consumer.assign(&ends)?;
@@ -64,7 +64,7 @@ async fn main() -> anyhow::Result<()> {
 }
 
 /// A consumer, and where the partitions end before this run: earlier runs have left their events there.
-fn reader(brokers: &str) -> anyhow::Result<(StreamConsumer, TopicPartitionList)> {
+async fn reader(brokers: &str) -> anyhow::Result<(StreamConsumer, TopicPartitionList)> {
     let consumer: StreamConsumer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         // The client wants a name, but without `subscribe` and commits it is no group.
@@ -72,8 +72,16 @@ fn reader(brokers: &str) -> anyhow::Result<(StreamConsumer, TopicPartitionList)>
         .set("enable.auto.commit", "false")
         .create()?;
     let mut ends = TopicPartitionList::new();
+    let deadline = Instant::now() + PATIENCE;
     for partition in 0..PARTITIONS {
-        let (_, end) = consumer.fetch_watermarks(TOPIC, partition, PATIENCE)?;
+        let end = loop {
+            match consumer.fetch_watermarks(TOPIC, partition, PATIENCE) {
+                Ok((_, end)) => break end,
+                // A topic can be created before its leaders know that they are. Nothing tells when they do.
+                Err(_) if Instant::now() < deadline => sleep(Duration::from_millis(50)).await,
+                Err(error) => bail!("{TOPIC}, partition {partition}: {error}"),
+            }
+        };
         ends.add_partition_offset(TOPIC, partition, Offset::Offset(end))?;
     }
     Ok((consumer, ends))

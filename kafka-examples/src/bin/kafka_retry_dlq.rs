@@ -66,6 +66,8 @@ const ATTEMPTS: u32 = 5;
 const FIRST_DELAY_MS: u64 = 100;
 const MAX_DELAY_MS: u64 = 500;
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Time for the last commit.
+const LEAVING: Duration = Duration::from_secs(15);
 
 #[derive(Deserialize)]
 struct Payment {
@@ -175,8 +177,8 @@ impl Stage {
             .create_with_context(Narrator(self.attempt))?;
         consumer.subscribe(&[&topic])?;
         let worked = self.work(&consumer).await;
-        tokio::task::block_in_place(|| leave(consumer));
-        worked
+        let left = tokio::task::block_in_place(|| leave(consumer));
+        worked.and(left)
     }
 
     async fn work(&self, consumer: &StreamConsumer<Narrator>) -> anyhow::Result<()> {
@@ -199,10 +201,7 @@ impl Stage {
                 Err(error) => eprintln!("waiting for the broker: {error}"),
             }
         }
-        match consumer.commit_consumer_state(CommitMode::Sync) {
-            Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => Ok(()),
-            Err(error) => bail!("the last payments will be tried again: {error}"),
-        }
+        Ok(())
     }
 
     /// Returns when the record was paid, or is safe in another topic.
@@ -333,18 +332,22 @@ impl Labels {
     }
 }
 
-/// Leaves the group: the others take over now and not after session.timeout.ms.
+/// Commits what is done and leaves the group: the others take over now and not after session.timeout.ms.
 ///
-/// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
-/// Hence a thread that can be left behind.
-fn leave(consumer: StreamConsumer<Narrator>) {
+/// With the broker gone, either takes as long as that time, and sometimes never ends (librdkafka 2.12; see its issue 3740
+/// for the close). Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer<Narrator>) -> anyhow::Result<()> {
     let (done, left) = mpsc::channel();
     thread::spawn(move || {
+        let committed = consumer.commit_consumer_state(CommitMode::Sync);
         drop(consumer);
-        done.send(())
+        done.send(committed)
     });
-    if left.recv_timeout(PATIENCE).is_err() {
-        eprintln!("left without a word to the group: no broker answers");
+    match left.recv_timeout(LEAVING) {
+        // No offset: all was committed already.
+        Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
+        Ok(Err(error)) => bail!("the last payments will be tried again: {error}"),
+        Err(_) => bail!("no broker answers: the last payments will be tried again"),
     }
 }
 

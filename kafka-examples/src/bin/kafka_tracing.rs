@@ -82,6 +82,8 @@ const BUCKETS: [f64; 14] = [
 ];
 const LONGEST_MS: u64 = 10_000;
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Time for the last commit.
+const LEAVING: Duration = Duration::from_secs(15);
 
 #[derive(Serialize, Deserialize)]
 struct Order {
@@ -281,8 +283,9 @@ async fn consume(brokers: &str) -> anyhow::Result<()> {
         .create_with_context(Observer)?;
     consumer.subscribe(&[TOPIC])?;
     let worked = work(&consumer, slow).await;
-    leave(consumer);
+    let left = leave(consumer);
     worked?;
+    left?;
     println!("left the group");
     Ok(())
 }
@@ -307,25 +310,25 @@ async fn work(consumer: &StreamConsumer<Observer>, slow: Duration) -> anyhow::Re
             Err(error) => eprintln!("waiting for the broker: {error}"),
         }
     }
-    match consumer.commit_consumer_state(CommitMode::Sync) {
-        Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
-        Err(error) => eprintln!("the last orders will be read again: {error}"),
-    }
     Ok(())
 }
 
-/// Leaves the group: the others take over now and not after session.timeout.ms.
+/// Commits what is done and leaves the group: the others take over now and not after session.timeout.ms.
 ///
-/// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
-/// Hence a thread that can be left behind.
-fn leave(consumer: StreamConsumer<Observer>) {
+/// With the broker gone, either takes as long as that time, and sometimes never ends (librdkafka 2.12; see its issue 3740
+/// for the close). Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer<Observer>) -> anyhow::Result<()> {
     let (done, left) = mpsc::channel();
     thread::spawn(move || {
+        let committed = consumer.commit_consumer_state(CommitMode::Sync);
         drop(consumer);
-        done.send(())
+        done.send(committed)
     });
-    if left.recv_timeout(PATIENCE).is_err() {
-        eprintln!("left without a word to the group: no broker answers");
+    match left.recv_timeout(LEAVING) {
+        // No offset: all was committed already.
+        Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
+        Ok(Err(error)) => bail!("the last orders will be read again: {error}"),
+        Err(_) => bail!("no broker answers: the last orders will be read again"),
     }
 }
 

@@ -62,6 +62,8 @@ const GROUP: &str = "tuned-consumer";
 /// No job is longer, for Ctrl-C waits for it, too.
 const LONGEST_MS: u64 = 60_000;
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Time for the last commit.
+const LEAVING: Duration = Duration::from_secs(15);
 
 #[tokio::main]
 async fn main() -> Result<()> {
@@ -119,8 +121,10 @@ async fn main() -> Result<()> {
         .create_with_context(Narrator)?;
     consumer.subscribe(&[TOPIC])?;
     let done = work(&consumer, Duration::from_millis(limit.into())).await;
-    leave(consumer);
-    println!("jobs done: {}", done?);
+    let left = leave(consumer);
+    let done = done?;
+    left?;
+    println!("jobs done: {done}");
     Ok(())
 }
 
@@ -172,25 +176,25 @@ async fn work(consumer: &StreamConsumer<Narrator>, limit: Duration) -> anyhow::R
             consumer.store_offset_from_message(&message)?;
         }
     }
-
-    match consumer.commit_consumer_state(CommitMode::Sync) {
-        Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => Ok(done),
-        Err(error) => bail!("the last jobs will be done again: {error}"),
-    }
+    Ok(done)
 }
 
-/// Leaves the group: the others take over now and not after session.timeout.ms.
+/// Commits what is done and leaves the group: the others take over now and not after session.timeout.ms.
 ///
-/// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
-/// Hence a thread that can be left behind.
-fn leave(consumer: StreamConsumer<Narrator>) {
+/// With the broker gone, either takes as long as that time, and sometimes never ends (librdkafka 2.12; see its issue 3740
+/// for the close). Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer<Narrator>) -> anyhow::Result<()> {
     let (done, left) = mpsc::channel();
     thread::spawn(move || {
+        let committed = consumer.commit_consumer_state(CommitMode::Sync);
         drop(consumer);
-        done.send(())
+        done.send(committed)
     });
-    if left.recv_timeout(PATIENCE).is_err() {
-        eprintln!("left without a word to the group: no broker answers");
+    match left.recv_timeout(LEAVING) {
+        // No offset: all was committed already.
+        Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
+        Ok(Err(error)) => bail!("the last jobs will be done again: {error}"),
+        Err(_) => bail!("no broker answers: the last jobs will be done again"),
     }
 }
 

@@ -68,6 +68,8 @@ const ATTEMPTS: u32 = 5;
 /// How many records a stage may hold. While it holds more, it reads no further.
 const HELD: usize = 1000;
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Time for the last commit.
+const LEAVING: Duration = Duration::from_secs(15);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<ExitCode> {
@@ -189,8 +191,12 @@ impl Flow {
         self.shop
             .say(format_args!("{}: working, Ctrl-C ends it", stage.name()));
         let worked = self.work(stage, &consumer, &rebalances).await;
-        block_in_place(|| leave(consumer));
-        worked
+        let left = block_in_place(|| leave(consumer));
+        worked?;
+        if let Err(error) = left {
+            eprintln!("{}: {error:#}", stage.name());
+        }
+        Ok(())
     }
 
     async fn work(
@@ -243,10 +249,6 @@ impl Flow {
                     eprintln!("{}: {error}", stage.name());
                 }
             }
-        }
-        match block_in_place(|| consumer.commit_consumer_state(CommitMode::Sync)) {
-            Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
-            Err(error) => eprintln!("{}: the last orders come again: {error}", stage.name()),
         }
         Ok(())
     }
@@ -398,18 +400,22 @@ impl Desk {
     }
 }
 
-/// Leaves the group: the others take over now and not after session.timeout.ms.
+/// Commits what is done and leaves the group: the others take over now and not after session.timeout.ms.
 ///
-/// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
-/// Hence a thread that can be left behind.
-fn leave(consumer: StreamConsumer<Rebalances>) {
+/// With the broker gone, either takes as long as that time, and sometimes never ends (librdkafka 2.12; see its issue 3740
+/// for the close). Hence a thread that can be left behind.
+fn leave(consumer: StreamConsumer<Rebalances>) -> anyhow::Result<()> {
     let (done, left) = mpsc::channel();
     thread::spawn(move || {
+        let committed = consumer.commit_consumer_state(CommitMode::Sync);
         drop(consumer);
-        done.send(())
+        done.send(committed)
     });
-    if left.recv_timeout(PATIENCE).is_err() {
-        eprintln!("left without a word to the group: no broker answers");
+    match left.recv_timeout(LEAVING) {
+        // No offset: all was committed already.
+        Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
+        Ok(Err(error)) => bail!("the last orders come again: {error}"),
+        Err(_) => bail!("no broker answers: the last orders come again"),
     }
 }
 

@@ -23,6 +23,8 @@ use crate::shutdown::Stop;
 
 /// How long one request may take before the session is thrown away.
 const REQUEST: Duration = Duration::from_secs(10);
+/// How long a question about a topic may take. Who asks has no other way to find out, and all the time in the world.
+const QUESTION: Duration = Duration::from_secs(30);
 /// A transaction that its owner neither commits nor aborts is aborted by the broker after this time.
 /// Until then `read_committed` readers of the partitions it touched wait, so it is short.
 const TRANSACTION_MS: u32 = 15_000;
@@ -202,7 +204,7 @@ impl Kafka {
         for partition in self.partitions(&client, topic)? {
             let (_, end) = client
                 .client()
-                .fetch_watermarks(topic, partition, REQUEST)?;
+                .fetch_watermarks(topic, partition, QUESTION)?;
             ends.insert(partition, end);
         }
         Ok(ends)
@@ -238,7 +240,7 @@ impl Kafka {
     }
 
     fn partitions(&self, reader: &Reader, topic: &str) -> Result<Vec<i32>> {
-        let metadata = reader.fetch_metadata(Some(topic), REQUEST)?;
+        let metadata = reader.fetch_metadata(Some(topic), QUESTION)?;
         let found = metadata.topics().iter().find(|found| found.name() == topic);
         Ok(found
             .into_iter()
@@ -257,8 +259,8 @@ impl Kafka {
         };
         let (stable, end) = (client("read_committed")?, client("read_uncommitted")?);
         for partition in self.partitions(&end, topic)? {
-            let (_, end) = end.fetch_watermarks(topic, partition, REQUEST)?;
-            let (_, stable) = stable.fetch_watermarks(topic, partition, REQUEST)?;
+            let (_, end) = end.fetch_watermarks(topic, partition, QUESTION)?;
+            let (_, stable) = stable.fetch_watermarks(topic, partition, QUESTION)?;
             if stable < end {
                 return Ok(false);
             }
