@@ -623,7 +623,7 @@ pub fn broker_absent(service: Service, programs: &[&str]) -> Result<()> {
 /// ```
 ///
 /// `TRANSCRIPT=name` in the environment restricts it to the examples whose name contains that. `TRANSCRIPT_TIMEOUT` is
-/// how many seconds each part of a transcript may take (60).
+/// how many seconds each part of a transcript may take (180).
 ///
 /// # Panics
 /// A transcript is not true, or an example has none. The message lists every failure with file and line.
@@ -654,7 +654,7 @@ pub fn transcripts_with(
             Ok(seconds) => seconds
                 .parse()
                 .context("TRANSCRIPT_TIMEOUT is a number of seconds")?,
-            Err(_) => 60,
+            Err(_) => 180,
         };
         let filter = std::env::var("TRANSCRIPT").unwrap_or_default();
         let suite = Suite {

@@ -11,7 +11,7 @@ use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(180);
 
 fn table(kafka: &Broker) -> Example {
     Example::new(env!("CARGO_BIN_EXE_kafka_compacted_table")).broker(kafka)

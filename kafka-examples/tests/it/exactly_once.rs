@@ -13,7 +13,7 @@ use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::reader::{read, send_large};
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 const ORDERS: &str = "exactly-once.orders";
 const INVOICES: &str = "exactly-once.invoices";
 const DEAD_LETTERS: &str = "exactly-once.orders.dlq";

@@ -12,7 +12,7 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rusqlite::Connection;
 
-const SOON: Duration = Duration::from_secs(40);
+const SOON: Duration = Duration::from_secs(180);
 
 fn consumer(kafka: &Broker, books: &Path, ids_kept: &str) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_idempotent_consumer"))

@@ -12,7 +12,7 @@ use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(180);
 
 fn monitor(kafka: &Broker, args: &[&str]) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_lag_monitor"))

@@ -9,7 +9,7 @@ use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 
 #[test]
 fn only_the_key_keeps_a_users_events_in_order() -> Result<()> {

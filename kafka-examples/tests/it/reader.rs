@@ -11,7 +11,7 @@ use rdkafka::message::OwnedMessage;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 
 /// Sends 3,000,000 bytes that are small when the broker sees them, and returns them. Its limit of a megabyte is for
 /// what is compressed.

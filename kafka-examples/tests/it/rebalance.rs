@@ -9,7 +9,7 @@ use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(180);
 
 fn example(kafka: &Broker, args: &[&str]) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_rebalance"))

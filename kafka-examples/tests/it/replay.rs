@@ -12,7 +12,7 @@ use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
 use crate::reader;
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(180);
 
 /// What a replay printed, without its first two lines about the partitions.
 fn replay(kafka: &Broker, args: &[&str]) -> Result<Vec<String>> {

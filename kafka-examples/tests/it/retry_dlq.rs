@@ -15,7 +15,7 @@ use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::reader;
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(180);
 const PAYMENTS: &str = "retry-dlq.payments";
 const DEAD_LETTERS: &str = "retry-dlq.payments.dlq";
 
@@ -167,11 +167,11 @@ async fn each_payment_is_paid_or_dead_lettered_over_kills() -> Result<()> {
         note(&mut ends, &running.lines());
         running = payer(&kafka)?;
     }
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + SOON;
     let earlier = ends.clone();
     while ends.len() < 200 {
         ensure!(Instant::now() < deadline, "only {} ended", ends.len());
-        running.wait_for_line(is_end, "end of a payment", Duration::from_secs(20))?;
+        running.wait_for_line(is_end, "end of a payment", SOON)?;
         ends = earlier.clone();
         note(&mut ends, &running.lines());
     }

@@ -15,7 +15,7 @@ use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::reader::{read, send_large};
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 const VIEWS: &str = "page-views";
 const COUNTS: &str = "page-views.counts";
 const REJECTED: &str = "page-views.rejected";

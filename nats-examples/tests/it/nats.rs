@@ -11,7 +11,7 @@ use compose::probe::http_get;
 use compose::{Broker, Service};
 
 /// A limit, and not a duration: nothing here waits for it unless something is wrong.
-pub const SOON: Duration = Duration::from_secs(60);
+pub const SOON: Duration = Duration::from_secs(180);
 
 pub fn server() -> Result<Broker> {
     Broker::private(Service::Nats)

@@ -12,7 +12,7 @@ use futures::StreamExt;
 
 use crate::nats::handed_over;
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(180);
 
 fn subscriber(nats: &Broker, pattern: &str) -> Result<Running> {
     let program = Example::new(env!("CARGO_BIN_EXE_nats_subscribe"));

@@ -11,7 +11,7 @@ use pulsar::{Consumer, ConsumerOptions, Pulsar, TokioExecutor};
 
 use crate::support::{self, send_batch};
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(180);
 const TOPIC: &str = "persistent://public/default/orders";
 
 fn consumer(pulsar: &Broker) -> Result<Running> {

@@ -120,7 +120,9 @@ async fn who_gives_up_hears_what_may_or_may_not_be_there() -> Result<()> {
         .split_once("may or may not be in the queue: ")
         .with_context(|| format!("nothing in doubt: {}", ended.stderr))?;
     let doubtful = doubtful.trim().split(", ").map(str::parse);
-    let doubtful: BTreeSet<u64> = doubtful.collect::<Result<_, _>>()?;
+    let doubtful: BTreeSet<u64> = doubtful
+        .collect::<Result<_, _>>()
+        .with_context(|| format!("not numbers alone: {}", ended.stderr))?;
     assert_eq!(attempted - acked, doubtful.len() as u64);
     assert!(books["indeterminate"] >= doubtful.len() as u64);
     rabbitmq.restart(1)?;

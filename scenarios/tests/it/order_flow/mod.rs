@@ -18,7 +18,7 @@ use books::Books;
 use observer::{DeadLetter, Observer};
 
 /// How long one step may take on a busy machine.
-const SOON: Duration = Duration::from_secs(120);
+const SOON: Duration = Duration::from_secs(180);
 const ORDERS: u32 = 160;
 const SEED: &str = "7";
 

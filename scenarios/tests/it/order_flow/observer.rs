@@ -25,7 +25,7 @@ use tokio::runtime::Runtime;
 
 use super::books::Placed;
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 
 #[derive(Debug)]
 pub struct DeadLetter {
