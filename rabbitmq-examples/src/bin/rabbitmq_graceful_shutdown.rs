@@ -147,7 +147,12 @@ async fn work(channel: &Channel) -> anyhow::Result<()> {
                 requeue: true,
                 ..BasicNackOptions::default()
             };
-            ensure!(delivery?.nack(options).await?, "lost the connection");
+            let delivery = delivery?;
+            let returned = timeout(PATIENCE, delivery.nack(options)).await;
+            ensure!(
+                returned.context("lost the connection")??,
+                "lost the connection"
+            );
             given_back += 1;
         }
         println!(
@@ -184,7 +189,9 @@ async fn handle(delivery: Delivery, work: Duration) -> anyhow::Result<()> {
     let task = String::from_utf8_lossy(&delivery.data);
     println!("{task}: begun");
     sleep(work).await; // the work
-    let acked = delivery.ack(BasicAckOptions::default()).await?;
+    let ack = delivery.ack(BasicAckOptions::default());
+    // Without a limit it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+    let acked = timeout(PATIENCE, ack).await.unwrap_or(Ok(false))?;
     ensure!(acked, "lost the connection; {task} is delivered again");
     println!("{task}: done");
     Ok(())

@@ -206,14 +206,16 @@ async fn consume(channel: &Channel) -> anyhow::Result<()> {
                 let paid = tokio::task::block_in_place(|| pay(&mut books, id, &payment, kept));
                 println!("{}", paid?);
                 // Killed before this line, it is delivered again, and ignored.
-                delivery.ack(BasicAckOptions::default()).await?
+                timeout(PATIENCE, delivery.ack(BasicAckOptions::default())).await
             }
             Err(reason) => {
                 println!("no payment, moved to {DEAD}: {reason}");
                 let options = BasicRejectOptions { requeue: false };
-                delivery.reject(options).await?
+                timeout(PATIENCE, delivery.reject(options)).await
             }
         };
+        // Without a limit it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+        let settled = settled.unwrap_or(Ok(false))?;
         ensure!(settled, "lost the connection; it is delivered again");
     }
     let cancel = channel.basic_cancel(deliveries.tag(), BasicCancelOptions::default());

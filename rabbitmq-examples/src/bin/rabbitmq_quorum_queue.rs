@@ -230,12 +230,15 @@ async fn work(channel: &Channel) -> anyhow::Result<()> {
             };
             println!("{job}: failed{before}; given back");
             failures += 1;
-            delivery.reject(BasicRejectOptions { requeue: true }).await
+            let options = BasicRejectOptions { requeue: true };
+            timeout(PATIENCE, delivery.reject(options)).await
         } else {
             println!("{job}: done");
             done += 1;
-            delivery.ack(BasicAckOptions::default()).await
+            timeout(PATIENCE, delivery.ack(BasicAckOptions::default())).await
         };
+        // Without a limit it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+        let settled = settled.unwrap_or(Ok(false));
         let settled = settled.context("lost the connection")?;
         ensure!(settled, "lost the connection; {job} is delivered again");
     }

@@ -128,7 +128,8 @@ async fn handle(delivery: &Delivery) -> anyhow::Result<bool> {
     let body = String::from_utf8_lossy(&delivery.data);
     let Some(task) = body.strip_prefix("Task: ") else {
         let options = BasicRejectOptions { requeue: false };
-        ensure!(delivery.reject(options).await?, "lost the connection");
+        let rejected = timeout(PATIENCE, delivery.reject(options)).await;
+        ensure!(rejected.unwrap_or(Ok(false))?, "lost the connection");
         println!("not a task, moved to {REJECTED}: {body}");
         return Ok(false);
     };
@@ -140,7 +141,9 @@ async fn handle(delivery: &Delivery) -> anyhow::Result<bool> {
     println!("received: {task}{again}");
     sleep(Duration::from_secs(2)).await; // the work
     // False if the connection went during the work. It is no error, and looks like success.
-    let acked = delivery.ack(BasicAckOptions::default()).await?;
+    let ack = delivery.ack(BasicAckOptions::default());
+    // Without a limit it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+    let acked = timeout(PATIENCE, ack).await.unwrap_or(Ok(false))?;
     ensure!(acked, "lost the connection during the work");
     println!("done: {task}");
     Ok(true)

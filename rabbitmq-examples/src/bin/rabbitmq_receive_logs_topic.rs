@@ -75,7 +75,11 @@ async fn main() -> anyhow::Result<()> {
         };
         let line = String::from_utf8_lossy(&delivery.data);
         println!("{}: {line}", delivery.routing_key);
-        delivery.ack(BasicAckOptions::default()).await?;
+        let ack = delivery.ack(BasicAckOptions::default());
+        // Without a limit it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+        timeout(PATIENCE, ack)
+            .await
+            .context("lost the connection")??;
         lines += 1;
     }
     timeout(PATIENCE, connection.close(200, "OK".into()))

@@ -399,9 +399,10 @@ async fn consume(addr: &str, books: &Books, drained: &CancellationToken) -> anyh
             }
         }
         // False, or an error: the connection went during the work, and the message comes again.
-        match delivery.ack(BasicAckOptions::default()).await {
-            Ok(true) => {}
-            Ok(false) | Err(_) => {
+        // Without a limit, it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+        match timeout(PATIENCE, delivery.ack(BasicAckOptions::default())).await {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false) | Err(_)) | Err(_) => {
                 bail!("lost the connection during the work on {id:?}; it is delivered again")
             }
         }

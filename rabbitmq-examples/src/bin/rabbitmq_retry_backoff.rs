@@ -236,7 +236,9 @@ async fn handle(channel: &Channel, delivery: &Delivery, counts: &mut Counts) -> 
         }
     }
     // Killed before this line, the payment is delivered again, beside its copy. The other way round it would be lost.
-    let acked = delivery.ack(BasicAckOptions::default()).await?;
+    let ack = delivery.ack(BasicAckOptions::default());
+    // Without a limit it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+    let acked = timeout(PATIENCE, ack).await.unwrap_or(Ok(false))?;
     ensure!(acked, "the connection was lost before the acknowledgement");
     Ok(())
 }

@@ -103,7 +103,8 @@ async fn answer(channel: &Channel, request: &Delivery) -> anyhow::Result<bool> {
     let Some(reply_to) = request.properties.reply_to().clone() else {
         println!("a message without reply_to, dropped");
         let options = BasicRejectOptions { requeue: false };
-        request.reject(options).await?;
+        let rejected = timeout(PATIENCE, request.reject(options)).await;
+        ensure!(rejected.unwrap_or(Ok(false))?, "lost the connection");
         return Ok(false);
     };
     let (kind, body) = match compute(&request.data) {
@@ -126,7 +127,9 @@ async fn answer(channel: &Channel, request: &Delivery) -> anyhow::Result<bool> {
     timeout(PATIENCE, async { publish.await?.await })
         .await
         .context("the reply was not confirmed in time")??;
-    let acked = request.ack(BasicAckOptions::default()).await?;
+    let ack = request.ack(BasicAckOptions::default());
+    // Without a limit it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+    let acked = timeout(PATIENCE, ack).await.unwrap_or(Ok(false))?;
     ensure!(acked, "lost the connection after the reply");
     Ok(true)
 }

@@ -258,7 +258,11 @@ async fn read(channel: &Channel, name: &str, start: AMQPValue) -> anyhow::Result
             "offset {offset}: {}",
             String::from_utf8_lossy(&delivery.data)
         );
-        delivery.ack(BasicAckOptions::default()).await?;
+        let ack = delivery.ack(BasicAckOptions::default());
+        // Without a limit it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+        timeout(PATIENCE, ack)
+            .await
+            .context("lost the connection")??;
         next = Some(offset + 1);
     }
     match next {

@@ -306,11 +306,13 @@ async fn consume(channel: &Channel, slow: Duration) -> anyhow::Result<()> {
         };
         let handled = process(&delivery, slow).await;
         let settled = if handled {
-            delivery.ack(BasicAckOptions::default()).await?
+            timeout(PATIENCE, delivery.ack(BasicAckOptions::default())).await
         } else {
             let options = BasicRejectOptions { requeue: false };
-            delivery.reject(options).await?
+            timeout(PATIENCE, delivery.reject(options)).await
         };
+        // Without a limit it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+        let settled = settled.unwrap_or(Ok(false))?;
         ensure!(settled, "lost the connection; the order comes again");
     }
     let cancel = channel.basic_cancel(deliveries.tag(), BasicCancelOptions::default());

@@ -167,7 +167,8 @@ async fn handle(number: u16, delivery: &Delivery) -> anyhow::Result<bool> {
         Ok(task) if task.matches('.').count() <= LONGEST => task,
         _ => {
             let options = BasicRejectOptions { requeue: false };
-            ensure!(delivery.reject(options).await?, "lost the connection");
+            let rejected = timeout(PATIENCE, delivery.reject(options)).await;
+            ensure!(rejected.unwrap_or(Ok(false))?, "lost the connection");
             println!("worker {number}: no task, or too long a one, moved to {REJECTED}");
             return Ok(false);
         }
@@ -182,7 +183,9 @@ async fn handle(number: u16, delivery: &Delivery) -> anyhow::Result<bool> {
         sleep(Duration::from_secs(1)).await; // the work
     }
     // False if the connection went during the work: the broker has given the task to another.
-    let acked = delivery.ack(BasicAckOptions::default()).await?;
+    let ack = delivery.ack(BasicAckOptions::default());
+    // Without a limit it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+    let acked = timeout(PATIENCE, ack).await.unwrap_or(Ok(false))?;
     ensure!(acked, "lost the connection; {task:?} is delivered again");
     println!("worker {number}: done {task}");
     Ok(true)

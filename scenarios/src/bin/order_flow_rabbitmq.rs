@@ -261,7 +261,11 @@ impl Flow {
                 delivery = deliveries.next() => delivery.context("the broker ended the consumers")??,
             };
             self.handle(stage, &channel, &delivery).await?;
-            delivery.ack(BasicAckOptions::default()).await?;
+            let ack = delivery.ack(BasicAckOptions::default());
+            // Without a limit it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+            timeout(PATIENCE, ack)
+                .await
+                .context("lost the connection")??;
         }
         // What was fetched ahead goes back. The close is answered after the acks before it.
         timeout(PATIENCE, connection.close(200, "OK".into())).await??;
