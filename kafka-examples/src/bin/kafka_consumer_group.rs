@@ -169,7 +169,7 @@ fn leave(consumer: StreamConsumer<Narrator>) -> anyhow::Result<()> {
         // No offset: all was committed already.
         Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
         Ok(Err(error)) => bail!("the last orders will be processed again: {error}"),
-        Err(_) => bail!("no broker answers: the last orders will be processed again"),
+        Err(_) => bail!("no broker answers: the last orders may be processed again"),
     }
 }
 

@@ -249,7 +249,7 @@ fn leave(consumer: StreamConsumer) -> anyhow::Result<()> {
         // No offset: all was committed already.
         Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
         Ok(Err(error)) => bail!("the last events will be handled again: {error}"),
-        Err(_) => bail!("no broker answers: the last events will be handled again"),
+        Err(_) => bail!("no broker answers: the last events may be handled again"),
     }
 }
 

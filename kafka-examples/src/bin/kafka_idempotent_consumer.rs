@@ -210,7 +210,7 @@ fn leave(consumer: StreamConsumer) -> anyhow::Result<()> {
         // No offset: all was committed already.
         Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
         Ok(Err(error)) => bail!("the last payments will be read again: {error}"),
-        Err(_) => bail!("no broker answers: the last payments will be read again"),
+        Err(_) => bail!("no broker answers: the last payments may be read again"),
     }
 }
 

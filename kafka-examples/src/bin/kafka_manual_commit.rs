@@ -189,15 +189,19 @@ async fn work(
 
 /// Returns when the broker has the position behind the order.
 ///
-/// With the broker gone, the synchronous commit may block for ever (librdkafka 2.12), and Ctrl-C would not be heard. Hence
-/// a thread that can be left behind; the end of the program would wait for one of tokio's.
+/// With the broker gone, a synchronous commit may block until it is back (librdkafka 2.12), and Ctrl-C would not be heard.
+/// Hence a thread that can be left behind; the end of the program would wait for one of tokio's.
 async fn commit(consumer: &Arc<StreamConsumer>, order: &BorrowedMessage<'_>) -> anyhow::Result<()> {
     let mut position = TopicPartitionList::new();
     let next = Offset::Offset(order.offset() + 1);
     position.add_partition_offset(order.topic(), order.partition(), next)?;
     let consumer = Arc::clone(consumer);
     let (done, committed) = oneshot::channel();
-    thread::spawn(move || done.send(consumer.commit(&position, CommitMode::Sync)));
+    thread::spawn(move || {
+        let committed = consumer.commit(&position, CommitMode::Sync);
+        drop(consumer); // before the answer: `leave` has to have it alone
+        done.send(committed)
+    });
     let committed = timeout(PATIENCE, committed).await;
     Ok(committed.context("no broker answers")???)
 }
@@ -209,10 +213,13 @@ async fn commit(consumer: &Arc<StreamConsumer>, order: &BorrowedMessage<'_>) -> 
 fn leave(consumer: Arc<StreamConsumer>) {
     let (done, left) = mpsc::channel();
     thread::spawn(move || {
+        // None: a commit waits for its answer, and has the consumer.
+        let consumer = Arc::into_inner(consumer);
+        let alone = consumer.is_some();
         drop(consumer);
-        done.send(())
+        done.send(alone)
     });
-    if left.recv_timeout(PATIENCE).is_err() {
+    if left.recv_timeout(PATIENCE) != Ok(true) {
         eprintln!("left without a word to the group: no broker answers");
     }
 }

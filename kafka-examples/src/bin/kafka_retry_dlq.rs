@@ -347,7 +347,7 @@ fn leave(consumer: StreamConsumer<Narrator>) -> anyhow::Result<()> {
         // No offset: all was committed already.
         Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
         Ok(Err(error)) => bail!("the last payments will be tried again: {error}"),
-        Err(_) => bail!("no broker answers: the last payments will be tried again"),
+        Err(_) => bail!("no broker answers: the last payments may be tried again"),
     }
 }
 

@@ -328,7 +328,7 @@ fn leave(consumer: StreamConsumer<Observer>) -> anyhow::Result<()> {
         // No offset: all was committed already.
         Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
         Ok(Err(error)) => bail!("the last orders will be read again: {error}"),
-        Err(_) => bail!("no broker answers: the last orders will be read again"),
+        Err(_) => bail!("no broker answers: the last orders may be read again"),
     }
 }
 

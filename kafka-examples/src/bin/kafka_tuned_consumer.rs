@@ -194,7 +194,7 @@ fn leave(consumer: StreamConsumer<Narrator>) -> anyhow::Result<()> {
         // No offset: all was committed already.
         Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
         Ok(Err(error)) => bail!("the last jobs will be done again: {error}"),
-        Err(_) => bail!("no broker answers: the last jobs will be done again"),
+        Err(_) => bail!("no broker answers: the last jobs may be done again"),
     }
 }
 

@@ -415,7 +415,7 @@ fn leave(consumer: StreamConsumer<Rebalances>) -> anyhow::Result<()> {
         // No offset: all was committed already.
         Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
         Ok(Err(error)) => bail!("the last orders come again: {error}"),
-        Err(_) => bail!("no broker answers: the last orders come again"),
+        Err(_) => bail!("no broker answers: the last orders may come again"),
     }
 }
 
