@@ -239,17 +239,21 @@ async fn handle(consumer: &StreamConsumer, producer: &FutureProducer) -> Result<
 /// With the broker gone, either takes as long as that time, and sometimes never ends (librdkafka 2.12; see its issue 3740
 /// for the close). Hence a thread that can be left behind.
 fn leave(consumer: StreamConsumer) -> anyhow::Result<()> {
-    let (done, left) = mpsc::channel();
+    let (done, answers) = mpsc::channel();
     thread::spawn(move || {
-        let committed = consumer.commit_consumer_state(CommitMode::Sync);
+        done.send(consumer.commit_consumer_state(CommitMode::Sync))?;
         drop(consumer);
-        done.send(committed)
+        done.send(Ok(()))
     });
-    match left.recv_timeout(LEAVING) {
+    let committed = answers.recv_timeout(LEAVING);
+    if committed.is_err() || answers.recv_timeout(PATIENCE).is_err() {
+        eprintln!("left without a word to the group: no broker answers");
+    }
+    match committed {
         // No offset: all was committed already.
         Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
         Ok(Err(error)) => bail!("the last events will be handled again: {error}"),
-        Err(_) => bail!("no broker answers: the last events may be handled again"),
+        Err(_) => bail!("the last events will be handled again, unless the commit has arrived"),
     }
 }
 
