@@ -192,7 +192,9 @@ async fn replay(channel: &Channel) -> anyhow::Result<()> {
             }
         }
         // A crash before this line repeats the message; the other way round would lose it.
-        let acked = message.ack(BasicAckOptions::default()).await?;
+        let ack = message.ack(BasicAckOptions::default());
+        // Without a limit it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+        let acked = timeout(PATIENCE, ack).await.unwrap_or(Ok(false))?;
         ensure!(
             acked,
             "lost the connection; {} is there twice",

@@ -108,7 +108,9 @@ async fn run(connection: &Connection, prefetch: u16) -> anyhow::Result<Vec<Strin
             None => next(&mut deliveries).await?,
         };
         order.push(String::from_utf8_lossy(&task.data).into_owned());
-        let acked = task.ack(BasicAckOptions::default()).await?;
+        let ack = task.ack(BasicAckOptions::default());
+        // Without a limit it may wait for ever: lapin forgets an ack that is under way when the connection is lost.
+        let acked = timeout(PATIENCE, ack).await.unwrap_or(Ok(false))?;
         ensure!(acked, "lost the connection");
     }
     let cancel = channel.basic_cancel(deliveries.tag(), BasicCancelOptions::default());
