@@ -63,6 +63,11 @@ enum Input {
     Open,
 }
 
+/// A limit for what a test waits for and nothing depends on: it only bounds how long a failure takes.
+///
+/// Not for a test of how long something takes at most; that has a limit of its own.
+pub const SOON: Duration = Duration::from_secs(180);
+
 /// Sees to it that programs started from here can be interrupted.
 ///
 /// A shell starts what it puts in the background with SIGINT ignored, and so do some CI systems; programs inherit that,
@@ -654,7 +659,7 @@ pub fn transcripts_with(
             Ok(seconds) => seconds
                 .parse()
                 .context("TRANSCRIPT_TIMEOUT is a number of seconds")?,
-            Err(_) => 180,
+            Err(_) => SOON.as_secs(),
         };
         let filter = std::env::var("TRANSCRIPT").unwrap_or_default();
         let suite = Suite {

@@ -3,14 +3,12 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use compose::harness::Example;
+use compose::harness::{Example, SOON};
 use compose::{Broker, Service};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-
-const SOON: Duration = Duration::from_secs(180);
 
 #[tokio::test]
 async fn runs_again_from_any_state_and_respects_a_group_in_use() -> Result<()> {

@@ -3,12 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use compose::harness::Example;
+use compose::harness::{Example, SOON};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
-
-const SOON: Duration = Duration::from_secs(180);
 
 #[test]
 fn each_record_is_at_the_printed_partition_and_offset() -> Result<()> {

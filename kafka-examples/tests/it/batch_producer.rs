@@ -4,12 +4,10 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use compose::harness::Example;
+use compose::harness::{Example, SOON};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
-
-const SOON: Duration = Duration::from_secs(180);
 
 fn read_all(kafka: &Broker, topic: &str, partitions: i32) -> Result<HashMap<String, u32>> {
     let reader: BaseConsumer = ClientConfig::new()

@@ -4,14 +4,12 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Finished, Running};
+use compose::harness::{Example, Finished, Running, SOON};
 use compose::{Broker, Service};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{FutureProducer, FutureRecord};
-
-const SOON: Duration = Duration::from_secs(180);
 
 fn table(kafka: &Broker) -> Example {
     Example::new(env!("CARGO_BIN_EXE_kafka_compacted_table")).broker(kafka)

@@ -2,13 +2,10 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
-use compose::harness::Example;
+use compose::harness::{Example, SOON};
 use compose::{Broker, Service};
-
-const SOON: Duration = Duration::from_secs(180);
 
 /// What lies in the log of partition 0 of each topic of the example, by the name in the table.
 fn stored(folder: &Path, sizes: &mut HashMap<String, u64>) -> Result<()> {

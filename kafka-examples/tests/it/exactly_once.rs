@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, SOON};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::Headers;
@@ -13,7 +13,6 @@ use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::reader::{read, send_large};
 
-const SOON: Duration = Duration::from_secs(180);
 const ORDERS: &str = "exactly-once.orders";
 const INVOICES: &str = "exactly-once.invoices";
 const DEAD_LETTERS: &str = "exactly-once.orders.dlq";

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running, produce_kafka_record};
+use compose::harness::{Example, Running, SOON, produce_kafka_record};
 use compose::{Broker, Service};
 use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::client::DefaultClientContext;
@@ -14,8 +14,6 @@ use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::reader::send_large;
-
-const SOON: Duration = Duration::from_secs(180);
 
 type Bytes<'a> = Option<&'a [u8]>;
 

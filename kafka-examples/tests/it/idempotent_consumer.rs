@@ -4,15 +4,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, SOON};
 use compose::{Broker, Service};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rusqlite::Connection;
-
-const SOON: Duration = Duration::from_secs(180);
 
 fn consumer(kafka: &Broker, books: &Path, ids_kept: &str) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_idempotent_consumer"))

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, SOON};
 use compose::{Broker, Service};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
@@ -11,8 +11,6 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
-
-const SOON: Duration = Duration::from_secs(180);
 
 fn monitor(kafka: &Broker, args: &[&str]) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_lag_monitor"))

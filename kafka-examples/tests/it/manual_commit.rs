@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::Result;
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, SOON};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, OwnedMessage};
@@ -12,8 +12,6 @@ use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::reader::send_large;
-
-const SOON: Duration = Duration::from_secs(180);
 
 type Bytes<'a> = Option<&'a [u8]>;
 

@@ -4,12 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::Example;
+use compose::harness::{Example, SOON};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
-
-const SOON: Duration = Duration::from_secs(180);
 
 #[test]
 fn only_the_key_keeps_a_users_events_in_order() -> Result<()> {

@@ -5,13 +5,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use compose::Broker;
+use compose::harness::SOON;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::OwnedMessage;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
-
-const SOON: Duration = Duration::from_secs(180);
 
 /// Sends 3,000,000 bytes that are small when the broker sees them, and returns them. Its limit of a megabyte is for
 /// what is compressed.

@@ -4,12 +4,10 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, SOON};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
-
-const SOON: Duration = Duration::from_secs(180);
 
 fn example(kafka: &Broker, args: &[&str]) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_rebalance"))

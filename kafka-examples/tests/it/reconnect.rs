@@ -3,12 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, SOON};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
-
-const SOON: Duration = Duration::from_secs(180);
 
 fn ticks(kafka: &Broker) -> Result<Running> {
     let mut ticks = Example::new(env!("CARGO_BIN_EXE_kafka_reconnect"))

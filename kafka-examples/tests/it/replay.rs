@@ -1,9 +1,7 @@
 //! A replay reads exactly what it was asked for, ends, and leaves no trace.
 
-use std::time::Duration;
-
 use anyhow::Result;
-use compose::harness::Example;
+use compose::harness::{Example, SOON};
 use compose::{Broker, Service};
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
@@ -11,8 +9,6 @@ use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
 use crate::reader;
-
-const SOON: Duration = Duration::from_secs(180);
 
 /// What a replay printed, without its first two lines about the partitions.
 fn replay(kafka: &Broker, args: &[&str]) -> Result<Vec<String>> {

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running, produce_kafka_record};
+use compose::harness::{Example, Running, SOON, produce_kafka_record};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
@@ -15,7 +15,6 @@ use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::reader;
 
-const SOON: Duration = Duration::from_secs(180);
 const PAYMENTS: &str = "retry-dlq.payments";
 const DEAD_LETTERS: &str = "retry-dlq.payments.dlq";
 

@@ -6,14 +6,13 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running, produce_kafka_record};
+use compose::harness::{Example, Running, SOON, produce_kafka_record};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, Headers, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
-const SOON: Duration = Duration::from_secs(180);
 const TOPIC: &str = "traced-orders";
 
 fn example() -> Example {

@@ -4,13 +4,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, SOON};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
-
-const SOON: Duration = Duration::from_secs(180);
 
 fn consumer(kafka: &Broker, limit: &str, jobs: &[&str]) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_tuned_consumer"))

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, SOON};
 use compose::{Broker, Service};
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
@@ -15,7 +15,6 @@ use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::reader::{read, send_large};
 
-const SOON: Duration = Duration::from_secs(180);
 const VIEWS: &str = "page-views";
 const COUNTS: &str = "page-views.counts";
 const REJECTED: &str = "page-views.rejected";

@@ -10,8 +10,7 @@ use compose::harness::{Example, Finished, Running};
 use compose::probe::http_get;
 use compose::{Broker, Service};
 
-/// A limit, and not a duration: nothing here waits for it unless something is wrong.
-pub const SOON: Duration = Duration::from_secs(180);
+pub use compose::harness::SOON;
 
 pub fn server() -> Result<Broker> {
     Broker::private(Service::Nats)

@@ -5,14 +5,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::Client;
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, SOON};
 use compose::probe::http_get;
 use compose::{Broker, Service};
 use futures::StreamExt;
 
 use crate::nats::handed_over;
-
-const SOON: Duration = Duration::from_secs(180);
 
 fn subscriber(nats: &Broker, pattern: &str) -> Result<Running> {
     let program = Example::new(env!("CARGO_BIN_EXE_nats_subscribe"));

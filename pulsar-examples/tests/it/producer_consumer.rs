@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, SOON};
 use compose::{Broker, Service};
 use futures::TryStreamExt;
 use pulsar::consumer::InitialPosition;
@@ -11,7 +11,6 @@ use pulsar::{Consumer, ConsumerOptions, Pulsar, TokioExecutor};
 
 use crate::support::{self, send_batch};
 
-const SOON: Duration = Duration::from_secs(180);
 const TOPIC: &str = "persistent://public/default/orders";
 
 fn consumer(pulsar: &Broker) -> Result<Running> {

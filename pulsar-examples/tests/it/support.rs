@@ -12,7 +12,7 @@ use pulsar::{Consumer, ConsumerOptions, ProducerOptions, Pulsar, SubType, TokioE
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
-pub const SOON: Duration = Duration::from_secs(180);
+pub use compose::harness::SOON;
 
 pub type Client = Pulsar<TokioExecutor>;
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use compose::harness::{Example, broker_absent};
+use compose::harness::{Example, SOON, broker_absent};
 use compose::{Broker, Service};
 
 /// All but rabbitmq_queue_monitor, which speaks HTTP; see there.
@@ -46,7 +46,8 @@ fn without_a_broker_the_error_says_where_and_what_to_do() -> Result<()> {
 /// Frozen, the broker answers neither the cancel nor the close, and its connections stay open.
 #[test]
 fn ctrl_c_ends_every_consumer_although_the_broker_is_silent() -> Result<()> {
-    const SOON: Duration = Duration::from_secs(180);
+    /// Much less than it takes to miss the heartbeats of a connection.
+    const LIMIT: Duration = Duration::from_secs(40);
     let consumers: [(_, &[&str]); 13] = [
         (env!("CARGO_BIN_EXE_rabbitmq_graceful_shutdown"), &[]),
         (env!("CARGO_BIN_EXE_rabbitmq_idempotent_consumer"), &[]),
@@ -85,7 +86,7 @@ fn ctrl_c_ends_every_consumer_although_the_broker_is_silent() -> Result<()> {
         consumer.interrupt()?;
     }
     for mut consumer in running {
-        let ended = consumer.wait(SOON)?;
+        let ended = consumer.wait(LIMIT)?;
         assert_eq!(ended.code(), 1, "{}", ended.stdout);
         assert!(
             ended.stderr.contains("the broker does not answer the c"),

@@ -17,7 +17,7 @@ use lapin::options::{
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
 
-pub const SOON: Duration = Duration::from_secs(180);
+pub use compose::harness::SOON;
 
 /// Where an example is to find RabbitMQ, and a test's own look at it.
 pub struct Place {

@@ -7,18 +7,16 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running, broker_absent};
+use compose::harness::{Example, Running, SOON, broker_absent};
 use compose::{Broker, Service};
 use tempfile::TempDir;
 
 use books::Books;
 use observer::{DeadLetter, Observer};
 
-/// How long one step may take on a busy machine.
-const SOON: Duration = Duration::from_secs(180);
 const ORDERS: u32 = 160;
 const SEED: &str = "7";
 

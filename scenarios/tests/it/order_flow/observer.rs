@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
+use compose::harness::SOON;
 use compose::probe::http_get;
 use compose::{Broker, Service};
 use futures::TryStreamExt;
@@ -24,8 +25,6 @@ use serde_json::Value;
 use tokio::runtime::Runtime;
 
 use super::books::Placed;
-
-const SOON: Duration = Duration::from_secs(180);
 
 #[derive(Debug)]
 pub struct DeadLetter {

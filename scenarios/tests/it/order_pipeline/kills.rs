@@ -16,6 +16,8 @@ use super::{MINUTE, books, books_file, committed, program, reported};
 
 const ORDERS: usize = 6000;
 const KILLS: usize = 20;
+/// The parts that have books.
+const STAGES: [&str; 3] = ["inventory", "payment", "shipping"];
 
 struct Pipeline<'a> {
     brokers: String,
@@ -68,7 +70,7 @@ fn survives_kills_of_every_part_and_of_kafka() -> Result<()> {
     random.shuffle(&mut plan);
     let mut kills = BTreeMap::new();
     // More than planned only until one has fallen between an effect and its event.
-    let more = ["inventory", "payment", "shipping"].into_iter().cycle();
+    let more = STAGES.into_iter().cycle();
     for (kill, mut part) in plan.into_iter().chain(more).take(3 * KILLS).enumerate() {
         if kill >= KILLS && replays(&state)? > 0 {
             break;
@@ -113,7 +115,7 @@ fn survives_kills_of_every_part_and_of_kafka() -> Result<()> {
         .spawn()?
         .wait(2 * MINUTE)?;
     eprintln!("seed {seed:?}, {kills:?}\n{}", audit.stdout);
-    for part in ["inventory", "payment", "shipping"] {
+    for part in STAGES {
         pipeline.part(part)?.terminate()?;
         pipeline.part(part)?.wait(MINUTE)?.ok()?;
     }
@@ -170,7 +172,7 @@ fn survives_kills_of_every_part_and_of_kafka() -> Result<()> {
 
 /// Effects that a stage found made by the one before it, which was killed before their events.
 fn replays(state: &tempfile::TempDir) -> Result<i64> {
-    ["inventory", "payment", "shipping"]
+    STAGES
         .iter()
         .map(|stage| books(state, stage, "SELECT ifnull(sum(n), 0) FROM replays"))
         .sum()
@@ -316,7 +318,7 @@ fn positions_that_go_back_repeat_nothing() -> Result<()> {
             .ok()
     };
     run()?;
-    for stage in ["inventory", "payment", "shipping"] {
+    for stage in STAGES {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", kafka.address())
             .set("group.id", format!("order-pipeline-{stage}"))
