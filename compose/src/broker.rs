@@ -347,12 +347,12 @@ impl Broker {
         }
     }
 
-    /// SIGSTOP: the node holds its connections and says nothing.
+    /// SIGSTOP: the node holds its connections and says nothing, from the moment that this returns.
     ///
     /// # Errors
     /// There is no such node, or the system refuses.
     pub fn pause(&self, node: u16) -> Result<()> {
-        self.signal(node, Signal::SIGSTOP, "pause")
+        self.signal(node, Supervised::pause, "pause")
     }
 
     /// SIGCONT: a paused node goes on.
@@ -360,7 +360,7 @@ impl Broker {
     /// # Errors
     /// There is no such node, or the system refuses.
     pub fn resume(&self, node: u16) -> Result<()> {
-        self.signal(node, Signal::SIGCONT, "unpause")
+        self.signal(node, |process| process.signal(Signal::SIGCONT), "unpause")
     }
 
     /// Stops the node if it runs, starts it on the same storage and ports, and waits until it serves again.
@@ -442,12 +442,17 @@ impl Broker {
             .unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn signal(&self, node: u16, signal: Signal, docker: &str) -> Result<()> {
+    fn signal(
+        &self,
+        node: u16,
+        send: impl FnOnce(&Supervised) -> Result<()>,
+        docker: &str,
+    ) -> Result<()> {
         if let Backend::Docker = self.backend {
             return crate::docker::signal(self.service, docker);
         }
         match self.lock(node)?.as_ref() {
-            Some(process) => process.signal(signal),
+            Some(process) => send(process),
             None => bail!("{}.{node} is not running", self.service),
         }
     }

@@ -5,12 +5,13 @@
 //! reading a pipe whose other end only the owner holds. The kernel closes that end however the owner dies, the watcher
 //! reads end-of-file, and kills the process together with its descendants.
 
+use std::fs;
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -28,6 +29,11 @@ exit 0
 
 /// Holds the program back until its watcher knows it: an owner killed in between leaves neither behind.
 const GATE: &str = r#"read -r go && exec "$@""#;
+
+/// How long the system may take to carry out a signal that a program cannot refuse.
+const SIGNAL_LIMIT: Duration = Duration::from_secs(60);
+/// How often to look whether it has.
+const TICK: Duration = Duration::from_millis(2);
 
 /// A process that is killed when its owner ends.
 #[derive(Debug)]
@@ -139,6 +145,58 @@ impl Supervised {
         }
     }
 
+    /// SIGSTOP, and returns when it holds: the system stops a program thread by thread, and a broker with some hundred of
+    /// them answers for a moment longer.
+    ///
+    /// # Errors
+    /// The system refuses, or a thread still runs after a minute.
+    pub fn pause(&self) -> Result<()> {
+        self.signal_all(Signal::SIGSTOP, |state| matches!(state, 'T' | 't'))
+    }
+
+    /// Sends the signal until every thread is in a state that `holds`, or has ended.
+    fn signal_all(&self, signal: Signal, holds: impl Fn(char) -> bool) -> Result<()> {
+        let deadline = Instant::now() + SIGNAL_LIMIT;
+        loop {
+            // Again in each round: a process may just have been forked.
+            self.signal(signal)?;
+            let states = self.thread_states();
+            if states.iter().all(|state| "ZX".contains(*state) || holds(*state)) {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "process {} does not obey {signal}: its threads are in the states {states:?}",
+                self.pid()
+            );
+            std::thread::sleep(TICK);
+        }
+    }
+
+    /// The state of each thread of the program and, unless it runs in the foreground, of all in its process group.
+    /// Empty where the system does not tell.
+    fn thread_states(&self) -> Vec<char> {
+        let group = self.target.as_raw();
+        let of_group = |process: &str| {
+            // After the name: the state, the parent, the process group.
+            let fields = after_name(&format!("/proc/{process}/stat")).unwrap_or_default();
+            fields.split_whitespace().nth(2) == Some(&(-group).to_string())
+        };
+        let processes = if group > 0 {
+            vec![group.to_string()]
+        } else {
+            let all = names("/proc").filter(|name| name.starts_with(|c: char| c.is_ascii_digit()));
+            all.filter(|process| of_group(process)).collect()
+        };
+        let threads = processes.iter().flat_map(|process| {
+            names(format!("/proc/{process}/task"))
+                .map(move |thread| format!("/proc/{process}/task/{thread}/stat"))
+        });
+        threads
+            .filter_map(|stat| after_name(&stat)?.chars().next())
+            .collect()
+    }
+
     /// The exit status, if the program has ended.
     ///
     /// # Errors
@@ -177,13 +235,18 @@ impl Supervised {
         }
     }
 
-    /// SIGKILL, at once, and reaps.
+    /// SIGKILL, and returns when nothing is left of the program and its process group: no port is open any more, and
+    /// no file is written.
     ///
     /// # Errors
-    /// The system refuses.
+    /// The system refuses, or something still runs after a minute.
     pub fn kill(&mut self) -> Result<ExitStatus> {
         self.signal(Signal::SIGKILL)?;
-        self.wait()
+        let status = self.wait()?;
+        if self.target.as_raw() < 0 {
+            self.signal_all(Signal::SIGKILL, |_| false)?;
+        }
+        Ok(status)
     }
 
     /// SIGTERM, and SIGKILL for what is still there after `grace`.
@@ -204,14 +267,25 @@ impl Drop for Supervised {
     fn drop(&mut self) {
         // In a group there may be descendants although the program itself has ended.
         if self.status.is_none() || self.target.as_raw() < 0 {
-            let _ = kill(self.target, Signal::SIGKILL);
-            let _ = self.child.wait();
+            let _ = self.kill();
         }
         if let Some(mut lifeline) = self.lifeline.take() {
             let _ = lifeline.write_all(b"done\n");
         }
         let _ = self.watcher.wait();
     }
+}
+
+/// The names in a folder; none if it cannot be read.
+fn names(folder: impl AsRef<std::path::Path>) -> impl Iterator<Item = String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok())
+}
+
+/// What a `stat` of Linux's `/proc` says after the name of the program, which may contain anything.
+fn after_name(stat: &str) -> Option<String> {
+    let text = fs::read_to_string(stat).ok()?;
+    Some(text.rsplit_once(')')?.1.trim_start().to_owned())
 }
 
 fn watch(farewell: Option<&Command>) -> Result<(Child, ChildStdin)> {

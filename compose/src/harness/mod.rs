@@ -345,17 +345,18 @@ impl Running {
     /// # Errors
     /// It had ended before.
     pub fn kill(&mut self) -> Result<()> {
-        self.signal(Signal::SIGKILL)?;
-        self.status = Some(self.process.wait()?);
+        self.still_runs("SIGKILL")?;
+        self.status = Some(self.process.kill()?);
         Ok(())
     }
 
-    /// SIGSTOP: freezes it.
+    /// SIGSTOP; returns when no thread of it runs any more.
     ///
     /// # Errors
     /// It had ended before.
     pub fn pause(&mut self) -> Result<()> {
-        self.signal(Signal::SIGSTOP)
+        self.still_runs("SIGSTOP")?;
+        self.process.pause()
     }
 
     /// SIGCONT: lets it go on.
@@ -420,8 +421,13 @@ impl Running {
         self.stdin = None;
     }
 
-    /// A test that breaks a program which has ended already would prove nothing, so that is an error.
     fn signal(&mut self, signal: Signal) -> Result<()> {
+        self.still_runs(signal.as_str())?;
+        self.process.signal(signal)
+    }
+
+    /// A test that breaks a program which has ended already would prove nothing, so that is an error.
+    fn still_runs(&mut self, signal: &str) -> Result<()> {
         if let Some(status) = self.try_wait()? {
             // For the report.
             self.wait(TICK * 50)?;
@@ -431,7 +437,7 @@ impl Running {
                 self.report()
             );
         }
-        self.process.signal(signal)
+        Ok(())
     }
 
     fn name(&self) -> impl fmt::Display {

@@ -3,6 +3,7 @@
 // Clippy's leave for tests does not reach the functions that tests call.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use compose::broker::NodeState;
@@ -33,6 +34,21 @@ fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// The threads of a process group that are not stopped: process, name and state.
+fn running_threads(group: u32) -> Vec<String> {
+    let output = Command::new("ps")
+        .args(["-L", "-o", "pgid=,pid=,lwp=,stat=,comm=", "-A"])
+        .output()
+        .unwrap();
+    let group = group.to_string();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let threads = text.lines().filter(|line| {
+        let mut words = line.split_whitespace();
+        words.next() == Some(&group) && !words.nth(2).is_some_and(|state| state.starts_with('T'))
+    });
+    threads.map(str::to_owned).collect()
+}
+
 fn breaks_and_comes_back(service: Service) {
     let broker = Broker::private(service).unwrap();
     assert_eq!(ask(&broker), Found::Ready);
@@ -40,10 +56,13 @@ fn breaks_and_comes_back(service: Service) {
     let before = broker.pid(1).unwrap().unwrap();
 
     broker.pause(1).unwrap();
+    let running = running_threads(before);
+    assert!(running.is_empty(), "paused, but still there: {running:?}");
     // The kernel still accepts the connection of a stopped process, but nobody speaks.
-    eventually("it is frozen", || {
-        probe::probe(service, &host(&broker), Duration::from_millis(300)) == Found::Other
-    });
+    assert_eq!(
+        probe::probe(service, &host(&broker), Duration::from_millis(300)),
+        Found::Other
+    );
     broker.resume(1).unwrap();
     eventually("it answers again after the pause", || {
         ask(&broker) == Found::Ready
