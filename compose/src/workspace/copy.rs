@@ -34,6 +34,13 @@ impl Workspace {
         let package = self.cargo_package(&example.package)?;
         let sources = sources(example)?;
         let dependencies = dependencies(package, &sources)?;
+        for dependency in &dependencies {
+            ensure!(
+                dependency.path.is_none(),
+                "the example uses {}, which is a part of this workspace, so it cannot be copied alone",
+                dependency.rename.as_ref().unwrap_or(&dependency.name)
+            );
+        }
         let needs_protoc = dependencies
             .iter()
             .any(|dependency| dependency.name == NEEDS_PROTOC);
@@ -127,6 +134,33 @@ fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
+/// The features of its package that the example requires: those that bring an optional crate it uses.
+///
+/// # Errors
+/// A file cannot be read, or an optional crate that is used belongs to no feature.
+pub(super) fn features(package: &Package, example: &ExampleInfo) -> Result<Vec<String>> {
+    let mut required = BTreeSet::new();
+    for dependency in dependencies(package, &sources(example)?)? {
+        if !dependency.optional {
+            continue;
+        }
+        let name = dependency.rename.as_ref().unwrap_or(&dependency.name);
+        let brings = format!("dep:{name}");
+        let mut features = package.features.iter();
+        let (feature, _) = features
+            .find(|(_, brought)| brought.contains(&brings))
+            .with_context(|| {
+                format!(
+                    "{}: no feature has \"{brings}\"",
+                    package.manifest_path
+                )
+            })?;
+        required.insert(feature.clone());
+    }
+    Ok(required.into_iter().collect())
+}
+
+/// What the sources use of the package's dependencies.
 fn dependencies<'a>(
     package: &'a Package,
     sources: &BTreeMap<PathBuf, String>,
@@ -178,10 +212,6 @@ fn dependencies<'a>(
         if !brings_protoc && !used.contains(name.as_str()) {
             continue;
         }
-        ensure!(
-            dependency.path.is_none(),
-            "the example uses {name}, which is a part of this workspace, so it cannot be copied alone"
-        );
         dependencies.push(*dependency);
     }
     Ok(dependencies)

@@ -36,7 +36,7 @@ impl Workspace {
     }
 
     /// Writes the index between the lines `<!-- index -->` and `<!-- /index -->` of `README.md` and of each example
-    /// package's `README.md`, and the list of binaries between `# index` and `# /index` of those `Cargo.toml` that have
+    /// package's `README.md`, and the list of binaries, with the features they require, between `# index` and `# /index` of those `Cargo.toml` that have
     /// such lines. Returns the files that were not up to date; with `check` they are left as they are.
     ///
     /// # Errors
@@ -81,7 +81,10 @@ impl Workspace {
             let manifest = folder.join("Cargo.toml");
             let text = fs::read_to_string(&manifest).unwrap_or_default();
             if text.lines().any(|line| line == MANIFEST[0]) {
-                files.push((manifest, MANIFEST, binaries(&group)));
+                match self.binaries(&group) {
+                    Ok(binaries) => files.push((manifest, MANIFEST, binaries)),
+                    Err(error) => faults.push(format!("{error:#}")),
+                }
             }
         }
         let mut stale = Vec::new();
@@ -102,6 +105,26 @@ impl Workspace {
             }
         }
         Ok(stale.into_iter().map(|(path, _)| path).collect())
+    }
+
+    /// For the manifest: without it cargo would build an empty test program for each example, as large as the example
+    /// itself, and would not know which features each requires.
+    fn binaries(&self, group: &Group<'_>) -> Result<String> {
+        let package = self.cargo_package(group.package)?;
+        let mut text = String::from("bin = [\n");
+        for example in &group.examples {
+            let features = match super::copy::features(package, example)?.as_slice() {
+                [] => String::new(),
+                features => format!(", required-features = {features:?}"),
+            };
+            let _ = writeln!(
+                text,
+                "    {{ name = {:?}, test = false{features} }},",
+                example.name
+            );
+        }
+        text.push_str("]\n");
+        Ok(text)
     }
 
     fn folder(&self, package: &str) -> PathBuf {
@@ -142,16 +165,6 @@ impl Workspace {
             text.push('\n');
         }
     }
-}
-
-/// For the manifest: cargo would build an empty test program for each example, as large as the example itself.
-fn binaries(group: &Group<'_>) -> String {
-    let mut text = String::from("bin = [\n");
-    for example in &group.examples {
-        let _ = writeln!(text, "    {{ name = \"{}\", test = false }},", example.name);
-    }
-    text.push_str("]\n");
-    text
 }
 
 /// The text of the file with this index in it, or `None` if that is what the file says.
@@ -231,7 +244,7 @@ mod tests {
         assert!(
             fixture
                 .read("nats-examples/Cargo.toml")
-                .starts_with("# index\n\nbin = [\n    { name = \"nats_a\", test = false },\n    { name = \"nats_b\", test = false },\n]\n\n# /index\n"),
+                .starts_with("# index\n\nbin = [\n    { name = \"nats_a\", test = false, required-features = [\"json\"] },\n    { name = \"nats_b\", test = false },\n]\n\n# /index\n"),
         );
         assert_eq!(
             fixture.read("README.md"),

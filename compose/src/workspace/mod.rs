@@ -165,6 +165,19 @@ impl Workspace {
         self.metadata.target_directory.as_std_path()
     }
 
+    /// Whether `cargo build` or `cargo test` has built all packages together. Only then is there the book's library,
+    /// which no other package uses.
+    pub fn is_built_as_a_whole(&self, release: bool) -> bool {
+        let profile = if release { "release" } else { "debug" };
+        let built = fs::read_dir(self.target_directory().join(profile).join("deps"));
+        let mut names = built.into_iter().flatten().flatten();
+        names.any(|entry| {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            name.starts_with("libdocs-") && name.ends_with(".rlib")
+        })
+    }
+
     /// All examples, by name.
     pub fn examples(&self) -> &[ExampleInfo] {
         &self.examples
@@ -330,9 +343,12 @@ edition.workspace = true
 rust-version.workspace = true
 [package.metadata.lab]
 services = ["nats"]
+[features]
+default = ["json"]
+json = ["dep:json"]
 [dependencies]
 anyhow.workspace = true
-json.workspace = true
+json = { workspace = true, optional = true }
 protoc-bin-vendored.workspace = true
 pulsar.workspace = true
 serde = { workspace = true, features = ["rc"] }

@@ -13,6 +13,7 @@ use compose::workspace::Workspace;
 /// There is no such example, or it does not compile.
 pub fn build(workspace: &Workspace, name: &str, release: bool) -> Result<PathBuf> {
     let example = workspace.find(name)?;
+    let whole = workspace.is_built_as_a_whole(release);
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command
@@ -30,12 +31,12 @@ pub fn build(workspace: &Workspace, name: &str, release: bool) -> Result<PathBuf
             command.env_remove(&name);
         }
     }
-    if example.features.is_empty() {
-        // As `cargo run` and `cargo test` in the workspace choose the features of dependencies: what those have built is
-        // used, and not built a second time. No package is built that the binary does not use.
+    if whole {
+        // The features of dependencies are then those that all packages together want: what `cargo test --workspace` has
+        // built is used, and not built a second time.
         command.arg("--workspace");
     } else {
-        // The default features of a package are those of all its binaries, and bring what this one does not use.
+        // The default features of a package are those of all its binaries, and bring crates that this one does not use.
         command.args(["--package", &example.package, "--no-default-features"]);
         command.args(["--features", &example.features.join(",")]);
     }
