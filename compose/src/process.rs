@@ -161,7 +161,10 @@ impl Supervised {
             // Again in each round: a process may just have been forked.
             self.signal(signal)?;
             let states = self.thread_states();
-            if states.iter().all(|state| "ZX".contains(*state) || holds(*state)) {
+            if states
+                .iter()
+                .all(|state| "ZX".contains(*state) || holds(*state))
+            {
                 return Ok(());
             }
             ensure!(

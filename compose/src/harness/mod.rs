@@ -622,6 +622,55 @@ pub fn broker_absent(service: Service, programs: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// A program with its arguments.
+pub type Call<'a> = (&'a str, &'a [&'a str]);
+
+/// Starts each program as `program | head -1`, and requires that it ends with its next line. The second call gives it
+/// something to print; a program without one prints by itself. `prepare` adds the brokers and other settings.
+///
+/// # Errors
+/// A program cannot be started, ends for another reason, or goes on although nobody reads what it prints.
+pub fn closed_pipe(
+    programs: &[(Call<'_>, Option<Call<'_>>)],
+    prepare: impl Fn(Example) -> Example,
+) -> Result<()> {
+    let mut running = Vec::new();
+    for ((program, args), feeder) in programs {
+        let script = r#""$0" "$@" | head -1"#;
+        let pipe = Example::new("/bin/sh").args(["-c", script, program]);
+        running.push((program, prepare(pipe.args(*args)).spawn()?, feeder));
+    }
+    let deadline = Instant::now() + SOON;
+    while !running.is_empty() {
+        let mut left = Vec::new();
+        for (program, mut pipe, feeder) in running {
+            if pipe.try_wait()?.is_none() {
+                // Again and again: a line that is printed before `head` has ended is lost, and hurts nobody.
+                if let Some((feeder, args)) = feeder {
+                    // Without its consumer it may fail.
+                    prepare(Example::new(feeder).args(*args))
+                        .spawn()?
+                        .wait(SOON)?;
+                }
+                left.push((program, pipe, feeder));
+                continue;
+            }
+            let ended = pipe.wait(SOON)?;
+            ensure!(
+                ended.stdout.lines().count() == 1 && ended.stderr.contains("Broken pipe"),
+                "{program} ended for another reason: {}{}",
+                ended.stdout,
+                ended.stderr
+            );
+        }
+        running = left;
+        let names: Vec<_> = running.iter().map(|(name, ..)| name).collect();
+        ensure!(Instant::now() < deadline, "still running: {names:?}");
+        thread::sleep(TICK);
+    }
+    Ok(())
+}
+
 /// Runs the transcripts in the headers of a package's examples, each example with new, empty brokers of its own.
 ///
 /// `binary` is the path of any binary of the package; the others are beside it:

@@ -149,12 +149,7 @@ pub(super) fn features(package: &Package, example: &ExampleInfo) -> Result<Vec<S
         let mut features = package.features.iter();
         let (feature, _) = features
             .find(|(_, brought)| brought.contains(&brings))
-            .with_context(|| {
-                format!(
-                    "{}: no feature has \"{brings}\"",
-                    package.manifest_path
-                )
-            })?;
+            .with_context(|| format!("{}: no feature has \"{brings}\"", package.manifest_path))?;
         required.insert(feature.clone());
     }
     Ok(required.into_iter().collect())

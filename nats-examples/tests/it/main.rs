@@ -1,6 +1,7 @@
 //! What the headers of the NATS examples show and claim, tried on a real broker.
 
 mod broker_absent;
+mod closed_pipe;
 mod core;
 mod jetstream;
 mod nats;
