@@ -23,8 +23,10 @@
 //! ```
 
 mod kafka_record;
+mod shared;
 pub mod transcript;
 
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -44,6 +46,7 @@ use crate::process::Supervised;
 use crate::workspace::{ExampleInfo, Workspace};
 use crate::{Broker, Service};
 pub use kafka_record::produce_kafka_record;
+pub use shared::Pool;
 use transcript::{Fault, Stage, Transcript};
 
 /// How often to look whether a silent program has ended: an exit is no event on its pipes as long as a descendant
@@ -642,14 +645,14 @@ pub fn transcripts(package: &str, binary: &str) {
     transcripts_with(package, binary, private_brokers);
 }
 
-/// Like [`transcripts`], with the brokers that `supply` gives to each example, such as a cluster.
+/// Like [`transcripts`], with the brokers that `supply` gives to each example, such as a cluster, or one of a [`Pool`].
 ///
 /// # Panics
 /// As [`transcripts`].
-pub fn transcripts_with(
+pub fn transcripts_with<B: Borrow<Broker>>(
     package: &str,
     binary: &str,
-    supply: impl Fn(&ExampleInfo) -> Result<Vec<Broker>> + Sync,
+    supply: impl Fn(&ExampleInfo) -> Result<Vec<B>> + Sync,
 ) {
     let all = || {
         let workspace = Workspace::load()?;
@@ -696,14 +699,15 @@ trait Surroundings {
     fn fault(&self, fault: Fault, service: &str, node: u16) -> Result<()>;
 }
 
-impl Surroundings for Vec<Broker> {
+impl<B: Borrow<Broker>> Surroundings for Vec<B> {
     fn env(&self) -> Vec<(String, String)> {
-        self.iter().flat_map(Broker::env).collect()
+        self.iter().flat_map(|one| one.borrow().env()).collect()
     }
 
     fn fault(&self, fault: Fault, service: &str, node: u16) -> Result<()> {
         let service: Service = service.parse()?;
-        let broker = self.iter().find(|broker| broker.service() == service).with_context(|| {
+        let mut brokers = self.iter().map(B::borrow);
+        let broker = brokers.find(|broker| broker.service() == service).with_context(|| {
             format!("no {service} is under test; [package.metadata.lab] lists the services that an example needs")
         })?;
         match fault {

@@ -16,6 +16,7 @@
 //! 2$ cargo lab run kafka_consumer_group
 //! assigned: [[..]]
 //! 1:
+//! ...
 //! revoked: [[..]]
 //! 2^C
 //! revoked: [[..]]
@@ -41,6 +42,7 @@
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_async_producer, order_pipeline.
 
+use std::io::{self, Write};
 use std::pin::pin;
 use std::sync::mpsc;
 use std::thread;
@@ -186,26 +188,37 @@ impl ConsumerContext for Narrator {
     fn pre_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         match rebalance {
             Rebalance::Assign(list) if list.count() > 0 => {
-                println!("assigned: {:?}", partitions(list))
+                say(&format!("assigned: {:?}", partitions(list)))
             }
             Rebalance::Revoke(list) if list.count() > 0 => {
-                println!("revoked: {:?}", partitions(list))
+                say(&format!("revoked: {:?}", partitions(list)))
             }
-            Rebalance::Error(error) => eprintln!("rebalance failed: {error}"),
+            Rebalance::Error(error) => {
+                let _ = writeln!(io::stderr(), "rebalance failed: {error}");
+            }
             Rebalance::Assign(_) | Rebalance::Revoke(_) => {}
         }
     }
 
     fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
         if let Err(error) = result {
-            return eprintln!("commit failed, work may be repeated: {error}");
+            let _ = writeln!(io::stderr(), "commit failed, work may be repeated: {error}");
+            return;
         }
         for entry in offsets.elements() {
             if let Offset::Offset(next) = entry.offset() {
-                println!("committed: partition {} up to {next}", entry.partition());
+                say(&format!(
+                    "committed: partition {} up to {next}",
+                    entry.partition()
+                ));
             }
         }
     }
+}
+
+/// For callbacks. On a closed pipe `println!` panics, and a consumer whose rebalance was broken off is never closed.
+fn say(line: &str) {
+    let _ = writeln!(io::stdout(), "{line}");
 }
 
 fn partitions(list: &TopicPartitionList) -> Vec<i32> {

@@ -21,8 +21,9 @@
 //! Notice: to commit each record when its own work is done is the usual mistake. The commit of offset 9 says that 5 is
 //! done, too, and if 5 is still in work when the program dies, it is lost. Both bounds matter: LANES limits how
 //! much is done at once, and each lane's queue how much is read ahead. A lane whose queue is full stops the reading:
-//! this is the price of order, for one busy key holds up the others. In a rebalance, what waits in the queues is left to
-//! the next owner, and what is in work is finished and committed first.
+//! this is the price of order, for one busy key holds up the others. A rebalance first finishes every order that lies
+//! before the last one that has begun, also those in the queues: a position before an order that is done would repeat
+//! it. What lies behind is left to the next owner.
 //!
 //! Try: LANES=1 against LANES=16 with `send 2000`. kill -9 it in the middle, start it again, and look for a gap.
 //!
@@ -31,6 +32,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{self, Write};
 use std::pin::pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -125,7 +127,7 @@ async fn consume(brokers: &str) -> anyhow::Result<()> {
 /// Until Ctrl-C.
 async fn read(consumer: &StreamConsumer<Ledger>, lanes: u64) -> anyhow::Result<()> {
     let ledger = consumer.context();
-    let queues: Vec<_> = (0..lanes).map(|_| lane(ledger.clone())).collect();
+    let queues: Vec<_> = (0..lanes).map(|_| lane()).collect();
 
     let mut commit = interval(Duration::from_secs(1));
     let mut stop = pin!(tokio::signal::ctrl_c());
@@ -155,8 +157,9 @@ async fn read(consumer: &StreamConsumer<Ledger>, lanes: u64) -> anyhow::Result<(
                 let queue = &queues[usize::try_from(hasher.finish() % lanes)?];
                 let owner = ledger.pages().received(order.partition(), order.offset());
                 let job = Job {
-                    order: order.detach(),
                     owner,
+                    order: order.detach(),
+                    ledger: ledger.clone(),
                 };
                 if queue.send(job).await.is_err() {
                     bail!("a lane has died");
@@ -188,39 +191,30 @@ fn leave(consumer: StreamConsumer<Ledger>) {
 struct Job {
     order: OwnedMessage,
     owner: u64,
+    ledger: Arc<Ledger>,
 }
 
 /// Works on one record after the other. It ends when the sender is dropped.
-fn lane(ledger: Arc<Ledger>) -> mpsc::Sender<Job> {
+fn lane() -> mpsc::Sender<Job> {
     let (sender, mut jobs) = mpsc::channel::<Job>(QUEUE);
     tokio::spawn(async move {
-        while let Some(Job { order, owner }) = jobs.recv().await {
-            let partition = order.partition();
-            if ledger.pages().begin(partition, owner) {
-                let at_work = AtWork {
-                    ledger: &ledger,
-                    partition,
-                    owner,
-                };
-                work(&order).await;
-                ledger.pages().done(partition, owner, order.offset());
-                drop(at_work);
+        while let Some(job) = jobs.recv().await {
+            let (partition, offset) = (job.order.partition(), job.order.offset());
+            if job.ledger.pages().begin(partition, job.owner, offset) {
+                work(&job.order).await;
+                job.ledger.pages().done(partition, job.owner, offset);
             }
         }
     });
     sender
 }
 
-/// Its end is told even if the work panics: whoever waits for it would wait for ever. The record is then not done.
-struct AtWork<'a> {
-    ledger: &'a Ledger,
-    partition: i32,
-    owner: u64,
-}
-
-impl Drop for AtWork<'_> {
+/// A job can also end because its work, or that of a job before it in the lane, has panicked. A rebalance must not wait
+/// for such a job. Its record is not done.
+impl Drop for Job {
     fn drop(&mut self) {
-        self.ledger.pages().end(self.partition, self.owner);
+        let (partition, offset) = (self.order.partition(), self.order.offset());
+        self.ledger.pages().end(partition, self.owner, offset);
         self.ledger.ended.notify_all();
     }
 }
@@ -264,11 +258,14 @@ struct Pages {
 struct Page {
     /// Tells records of this time from those of an earlier one, which may still wait in a lane.
     owner: u64,
-    /// Received and not done: waiting or in work.
+    /// Received and not done.
     pending: BTreeSet<i64>,
-    in_work: usize,
+    /// Waiting or in work: pending, too, unless it was just done.
+    jobs: BTreeSet<i64>,
     next: i64,
-    /// Being revoked: nothing more begins.
+    /// The highest offset of which the work has begun.
+    begun: i64,
+    /// Being revoked: nothing begins any more behind that offset.
     closing: bool,
 }
 
@@ -279,12 +276,14 @@ impl Pages {
             Page {
                 owner: self.last_owner,
                 pending: BTreeSet::new(),
-                in_work: 0,
+                jobs: BTreeSet::new(),
                 next: offset,
+                begun: -1,
                 closing: false,
             }
         });
         page.pending.insert(offset);
+        page.jobs.insert(offset);
         page.next = page.next.max(offset + 1);
         page.owner
     }
@@ -295,10 +294,10 @@ impl Pages {
     }
 
     /// Whether the record is still ours to work on.
-    fn begin(&mut self, partition: i32, owner: u64) -> bool {
+    fn begin(&mut self, partition: i32, owner: u64, offset: i64) -> bool {
         match self.page(partition, owner) {
-            Some(page) if !page.closing => {
-                page.in_work += 1;
+            Some(page) if !page.closing || offset < page.begun => {
+                page.begun = page.begun.max(offset);
                 true
             }
             _ => false,
@@ -312,9 +311,9 @@ impl Pages {
         }
     }
 
-    fn end(&mut self, partition: i32, owner: u64) {
+    fn end(&mut self, partition: i32, owner: u64, offset: i64) {
         if let Some(page) = self.page(partition, owner) {
-            page.in_work -= 1;
+            page.jobs.remove(&offset);
         }
     }
 
@@ -344,14 +343,17 @@ impl ConsumerContext for Ledger {
         let (list_of, revoked) = match rebalance {
             Rebalance::Assign(list) => (list, false),
             Rebalance::Revoke(list) => (list, true),
-            Rebalance::Error(error) => return eprintln!("rebalance failed: {error}"),
+            Rebalance::Error(error) => {
+                let _ = writeln!(io::stderr(), "rebalance failed: {error}");
+                return;
+            }
         };
         let moving: Vec<i32> = list_of.elements().iter().map(|at| at.partition()).collect();
         if moving.is_empty() {
             return;
         }
         if !revoked {
-            return println!("assigned: {moving:?}");
+            return say(&format!("assigned: {moving:?}"));
         }
         let mut pages = self.pages();
         for (_, page) in pages
@@ -365,15 +367,17 @@ impl ConsumerContext for Ledger {
             let mut moving = moving
                 .iter()
                 .filter_map(|partition| pages.open.get(partition));
-            moving.any(|page| page.in_work > 0)
+            moving.any(|page| page.jobs.range(..=page.begun).next().is_some())
         };
-        // Not for ever: the whole group waits for it. What is in work by then is before no position, and done again.
+        // Not for ever: the whole group waits for it. What is not done by then, and all behind it, is done again.
         let (mut pages, waited) = self
             .ended
             .wait_timeout_while(pages, 4 * PATIENCE, busy)
             .unwrap_or_else(PoisonError::into_inner);
         if waited.timed_out() {
-            println!("giving up on what is still in work of {moving:?}: it will be repeated");
+            say(&format!(
+                "giving up on what is still in work of {moving:?}: it will be repeated"
+            ));
         }
         let positions = pages.positions(|partition| moving.contains(&partition));
         pages
@@ -381,22 +385,31 @@ impl ConsumerContext for Ledger {
             .retain(|partition, _| !moving.contains(partition));
         drop(pages);
         if consumer.assignment_lost() {
-            return println!("lost {moving:?}: too slow for the group, work may be repeated");
+            return say(&format!(
+                "lost {moving:?}: too slow for the group, work may be repeated"
+            ));
         }
         if positions.is_empty() {
-            return println!("handing over {moving:?}: nothing was done");
+            return say(&format!("handing over {moving:?}: nothing was done"));
         }
         match list(&positions).and_then(|list| consumer.commit(&list, CommitMode::Sync)) {
-            Ok(()) => println!("handing over {moving:?}: committed {positions:?}"),
-            Err(error) => println!("handing over {moving:?}: work may be repeated: {error}"),
+            Ok(()) => say(&format!("handing over {moving:?}: committed {positions:?}")),
+            Err(error) => say(&format!(
+                "handing over {moving:?}: work may be repeated: {error}"
+            )),
         }
     }
 
     fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
         if let Err(error) = result {
-            eprintln!("commit failed: {error}");
+            let _ = writeln!(io::stderr(), "commit failed: {error}");
         }
     }
+}
+
+/// For callbacks. On a closed pipe `println!` panics, and a consumer whose rebalance was broken off is never closed.
+fn say(line: &str) {
+    let _ = writeln!(io::stdout(), "{line}");
 }
 
 /// Left to the broker, the topic would be created by the first record, with the broker's settings.

@@ -45,6 +45,7 @@
 //! See also: kafka_consumer_group, kafka_manual_commit, kafka_parallel_consumer.
 
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::pin::pin;
 use std::sync::mpsc;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -222,14 +223,17 @@ impl ConsumerContext for Handover {
         let (list, revoked) = match rebalance {
             Rebalance::Assign(list) => (list, false),
             Rebalance::Revoke(list) => (list, true),
-            Rebalance::Error(error) => return eprintln!("rebalance failed: {error}"),
+            Rebalance::Error(error) => {
+                let _ = writeln!(io::stderr(), "rebalance failed: {error}");
+                return;
+            }
         };
         let partitions: Vec<i32> = list.elements().iter().map(|at| at.partition()).collect();
         if partitions.is_empty() {
             return;
         }
         if !revoked {
-            return println!("assigned: {partitions:?}");
+            return say(&format!("assigned: {partitions:?}"));
         }
         let mut done = self.done();
         let moving: BTreeMap<i32, i64> = partitions
@@ -237,17 +241,23 @@ impl ConsumerContext for Handover {
             .filter_map(|partition| Some((*partition, done.remove(partition)?)))
             .collect();
         if consumer.assignment_lost() {
-            println!("lost {partitions:?}: too slow for the group, {moving:?} may be repeated");
+            say(&format!(
+                "lost {partitions:?}: too slow for the group, {moving:?} may be repeated"
+            ));
         } else if !self.careful || moving.is_empty() {
-            println!("handing over {partitions:?}: nothing committed");
+            say(&format!("handing over {partitions:?}: nothing committed"));
         } else {
             // Synchronous: once this callback returns, the partitions are gone.
             let commit = positions(&moving)
                 .and_then(|positions| consumer.commit(&positions, CommitMode::Sync));
             match commit {
-                Ok(()) => println!("handing over {partitions:?}: committed {moving:?}"),
+                Ok(()) => say(&format!(
+                    "handing over {partitions:?}: committed {moving:?}"
+                )),
                 Err(error) => {
-                    println!("handing over {partitions:?}: {moving:?} may be repeated: {error}");
+                    say(&format!(
+                        "handing over {partitions:?}: {moving:?} may be repeated: {error}"
+                    ));
                 }
             }
         }
@@ -255,9 +265,14 @@ impl ConsumerContext for Handover {
 
     fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
         if let Err(error) = result {
-            eprintln!("commit failed: {error}");
+            let _ = writeln!(io::stderr(), "commit failed: {error}");
         }
     }
+}
+
+/// For callbacks. On a closed pipe `println!` panics, and a consumer whose rebalance was broken off is never closed.
+fn say(line: &str) {
+    let _ = writeln!(io::stdout(), "{line}");
 }
 
 /// Left to the broker, the topic would be created by the first record, often with a single partition to share.

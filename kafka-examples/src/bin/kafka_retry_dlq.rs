@@ -37,6 +37,7 @@
 //! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_dlq_replay, kafka_manual_commit.
 
 use std::fmt::Display;
+use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -364,7 +365,8 @@ impl ConsumerContext for Narrator {
         if let (1, Rebalance::Assign(list)) = (self.0, rebalance)
             && list.count() > 0
         {
-            println!("waiting for payments");
+            // `println!` would panic on a closed pipe, in the middle of a rebalance.
+            let _ = writeln!(io::stdout(), "waiting for payments");
         }
     }
 }

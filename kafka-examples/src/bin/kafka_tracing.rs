@@ -37,6 +37,7 @@
 //! Settings: KAFKA_BROKERS (localhost:9092); METRICS_PORT (9464; 0 takes any that is free); SLOW_MS (1000); the argument
 //! `send` sends three orders. See also: kafka_lag_monitor, kafka_headers_schema.
 
+use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
@@ -470,7 +471,8 @@ impl ConsumerContext for Observer {
         if let Rebalance::Assign(list) = rebalance
             && list.count() > 0
         {
-            println!("waiting for orders");
+            // `println!` would panic on a closed pipe, in the middle of a rebalance.
+            let _ = writeln!(io::stdout(), "waiting for orders");
         }
     }
 }

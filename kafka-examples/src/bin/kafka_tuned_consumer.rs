@@ -39,6 +39,7 @@
 //! Settings: KAFKA_BROKERS (localhost:9092); MAX_POLL_INTERVAL_MS (300000; at least 6000); the arguments are jobs to
 //! send first, in milliseconds of work. See also: kafka_consumer_group, kafka_idempotent_consumer.
 
+use std::io::{self, Write};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -250,15 +251,22 @@ impl ConsumerContext for Narrator {
     fn pre_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         match rebalance {
             Rebalance::Assign(list) if list.count() > 0 => {
-                println!("assigned: {:?}", partitions(list))
+                say(&format!("assigned: {:?}", partitions(list)))
             }
             Rebalance::Revoke(list) if list.count() > 0 => {
-                println!("revoked: {:?}", partitions(list))
+                say(&format!("revoked: {:?}", partitions(list)))
             }
-            Rebalance::Error(error) => eprintln!("rebalance failed: {error}"),
+            Rebalance::Error(error) => {
+                let _ = writeln!(io::stderr(), "rebalance failed: {error}");
+            }
             Rebalance::Assign(_) | Rebalance::Revoke(_) => {}
         }
     }
+}
+
+/// For callbacks. On a closed pipe `println!` panics, and a consumer whose rebalance was broken off is never closed.
+fn say(line: &str) {
+    let _ = writeln!(io::stdout(), "{line}");
 }
 
 fn partitions(list: &TopicPartitionList) -> Vec<i32> {

@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use compose::harness::{Example, SOON};
-use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
+use crate::shared;
+
 #[test]
 fn each_record_is_at_the_printed_partition_and_offset() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_async_producer"])?;
     let producer = Example::new(env!("CARGO_BIN_EXE_kafka_async_producer"));
     let ended = producer
         .args(["7"])

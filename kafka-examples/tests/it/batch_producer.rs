@@ -4,10 +4,12 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use compose::Broker;
 use compose::harness::{Example, SOON};
-use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+
+use crate::shared;
 
 fn read_all(kafka: &Broker, topic: &str, partitions: i32) -> Result<HashMap<String, u32>> {
     let reader: BaseConsumer = ClientConfig::new()
@@ -36,7 +38,7 @@ fn read_all(kafka: &Broker, topic: &str, partitions: i32) -> Result<HashMap<Stri
 
 #[test]
 fn what_is_sent_is_there_once_and_the_window_sets_the_rate() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_batch_producer"])?;
     let producer = Example::new(env!("CARGO_BIN_EXE_kafka_batch_producer"));
     let ended = producer.broker(&kafka).spawn()?.wait(SOON)?.ok()?;
 

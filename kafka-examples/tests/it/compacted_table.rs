@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use compose::Broker;
 use compose::harness::{Example, Finished, Running, SOON};
-use compose::{Broker, Service};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{FutureProducer, FutureRecord};
+
+use crate::shared;
 
 fn table(kafka: &Broker) -> Example {
     Example::new(env!("CARGO_BIN_EXE_kafka_compacted_table")).broker(kafka)
@@ -36,7 +38,7 @@ fn read(kafka: &Broker) -> Result<(BTreeMap<String, u64>, u64, Running)> {
 
 #[test]
 fn compaction_keeps_the_latest_value_and_forgets_older_ones() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_compacted_table"])?;
     change(&kafka, ["set", "apple", "1"])?;
     change(&kafka, ["set", "pear", "2"])?;
     change(&kafka, ["delete", "pear"])?;
@@ -62,7 +64,7 @@ fn compaction_keeps_the_latest_value_and_forgets_older_ones() -> Result<()> {
 
 #[tokio::test]
 async fn an_empty_value_is_no_tombstone_and_nonsense_changes_nothing() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_compacted_table"])?;
     change(&kafka, ["set", "apple", "1"])?;
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
@@ -101,7 +103,7 @@ async fn an_empty_value_is_no_tombstone_and_nonsense_changes_nothing() -> Result
 
 #[tokio::test]
 async fn what_was_not_written_is_not_reported_as_filled() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_compacted_table"])?;
     change(&kafka, ["set", "apple", "1"])?;
     let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use compose::harness::{Example, SOON};
-use compose::{Broker, Service};
+
+use crate::shared;
 
 /// What lies in the log of partition 0 of each topic of the example, by the name in the table.
 fn stored(folder: &Path, sizes: &mut HashMap<String, u64>) -> Result<()> {
@@ -29,7 +30,7 @@ fn stored(folder: &Path, sizes: &mut HashMap<String, u64>) -> Result<()> {
 
 #[test]
 fn the_table_tells_what_is_stored() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_compression"])?;
     let run = || {
         Example::new(env!("CARGO_BIN_EXE_kafka_compression"))
             .broker(&kafka)

@@ -10,6 +10,8 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
+use crate::shared;
+
 fn member(kafka: &Broker) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_consumer_group"))
         .broker(kafka)
@@ -92,7 +94,7 @@ fn per_partition(ids: &[String]) -> BTreeMap<i32, i64> {
 
 #[tokio::test]
 async fn after_sigkill_nothing_is_lost_and_the_position_was_never_ahead() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_consumer_group"])?;
     let mut first = only_member(&kafka)?;
     produce(&kafka, 0..20).await?;
     for _ in 0..10 {
@@ -149,7 +151,7 @@ async fn after_sigkill_nothing_is_lost_and_the_position_was_never_ahead() -> Res
 
 #[tokio::test]
 async fn ctrl_c_commits_exactly_what_was_processed() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_consumer_group"])?;
     let mut member = only_member(&kafka)?;
     produce(&kafka, 0..20).await?;
     for _ in 0..15 {
@@ -176,7 +178,7 @@ async fn ctrl_c_commits_exactly_what_was_processed() -> Result<()> {
 
 #[tokio::test]
 async fn two_members_share_and_a_third_of_the_work_moves() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_consumer_group"])?;
     let mut first = only_member(&kafka)?;
     let mut second = member(&kafka)?;
     let given = first.wait_for("revoked: ", SOON)?.replace("revoked: ", "");
@@ -212,7 +214,7 @@ async fn two_members_share_and_a_third_of_the_work_moves() -> Result<()> {
 
 #[tokio::test]
 async fn a_record_that_is_no_order_is_reported_and_does_not_block() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_consumer_group"])?;
     let mut member = only_member(&kafka)?;
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())

@@ -12,6 +12,7 @@ use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::reader::{read, send_large};
+use crate::shared;
 
 const ORDERS: &str = "exactly-once.orders";
 const INVOICES: &str = "exactly-once.invoices";
@@ -180,6 +181,7 @@ fn wait_until_open(kafka: &Broker) -> Result<()> {
 
 #[tokio::test]
 async fn each_order_once_over_kills_and_a_restart_of_the_broker() -> Result<()> {
+    let mut chance = shared::chance()?;
     let kafka = Broker::private(Service::Kafka)?;
     create_topics(&kafka)?;
     produce_orders(&kafka, 0..2500).await?;
@@ -190,7 +192,7 @@ async fn each_order_once_over_kills_and_a_restart_of_the_broker() -> Result<()> 
             wait_until_open(&kafka)?;
         } else {
             // At any moment.
-            std::thread::sleep(Duration::from_millis(fastrand::u64(0..200)));
+            std::thread::sleep(Duration::from_millis(chance.u64(0..200)));
         }
         worker.kill()?;
         worker.wait(SOON)?;
@@ -213,7 +215,7 @@ async fn each_order_once_over_kills_and_a_restart_of_the_broker() -> Result<()> 
 
 #[tokio::test]
 async fn a_zombie_is_fenced_off_and_says_so() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_exactly_once"])?;
     create_topics(&kafka)?;
     produce_orders(&kafka, 0..1500).await?;
     let mut zombie = worker(&kafka)?;
@@ -246,7 +248,7 @@ async fn a_zombie_is_fenced_off_and_says_so() -> Result<()> {
 
 #[tokio::test]
 async fn what_is_no_order_is_dead_lettered_once_and_holds_up_nothing() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_exactly_once"])?;
     create_topics(&kafka)?;
     produce_orders(&kafka, 0..20).await?;
     // The largest that a broker takes by default: 1,048,588 bytes with all that surrounds it.
@@ -294,7 +296,7 @@ async fn what_is_no_order_is_dead_lettered_once_and_holds_up_nothing() -> Result
 /// All of it in one transaction would take 20 seconds, and the broker's patience ends after 15.
 #[tokio::test]
 async fn more_work_than_a_transaction_may_take_is_committed_in_parts() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_exactly_once"])?;
     create_topics(&kafka)?;
     produce_orders(&kafka, 0..100).await?;
     let mut worker = Example::new(env!("CARGO_BIN_EXE_kafka_exactly_once"))

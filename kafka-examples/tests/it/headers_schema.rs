@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use compose::Broker;
 use compose::harness::{Example, Running, SOON, produce_kafka_record};
-use compose::{Broker, Service};
 use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -14,6 +14,7 @@ use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::reader::send_large;
+use crate::shared;
 
 type Bytes<'a> = Option<&'a [u8]>;
 
@@ -76,7 +77,7 @@ fn header(letter: &OwnedMessage, name: &str) -> Option<String> {
 
 #[tokio::test]
 async fn what_is_not_understood_is_kept_as_it_came() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_headers_schema"])?;
     let mut first = reader(&kafka)?;
     let large = vec![b' '; 1_040_000];
     let bad: [(Bytes<'_>, Bytes<'_>, Bytes<'_>); 8] = [
@@ -138,7 +139,7 @@ async fn what_is_not_understood_is_kept_as_it_came() -> Result<()> {
 
 #[tokio::test]
 async fn without_a_dead_letter_there_is_no_commit() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_headers_schema"])?;
     let mut first = reader(&kafka)?;
     // Fill its group's first position, so that the next one is known to have begun.
     send(
@@ -202,7 +203,7 @@ async fn limit(kafka: &Broker, bytes: &str, refuses: bool) -> Result<usize> {
 
 #[tokio::test]
 async fn large_events_and_headers_that_cannot_be_read_are_dead_letters() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_headers_schema"])?;
     let mut first = reader(&kafka)?;
     let large = send_large(&kafka, "schema-events").await?;
     let headers: [(&[u8], &[u8]); 2] = [(b"\xff", b"?"), (b"schema-version", b"1.0")];

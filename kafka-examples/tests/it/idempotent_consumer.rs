@@ -4,13 +4,15 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use compose::Broker;
 use compose::harness::{Example, Running, SOON};
-use compose::{Broker, Service};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rusqlite::Connection;
+
+use crate::shared;
 
 fn consumer(kafka: &Broker, books: &Path, ids_kept: &str) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_idempotent_consumer"))
@@ -50,7 +52,7 @@ fn number(books: &Path, question: &str) -> Result<i64> {
 
 #[tokio::test]
 async fn killed_twice_and_sent_twice_and_still_once() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_idempotent_consumer"])?;
     let folder = tempfile::tempdir()?;
     let books = folder.path().join("books.sqlite");
     // All of them twice, the second time much later and in another order; then a mark for the end.
@@ -91,7 +93,7 @@ async fn killed_twice_and_sent_twice_and_still_once() -> Result<()> {
 
 #[tokio::test]
 async fn ids_are_bounded_and_what_is_no_payment_is_kept_aside() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_idempotent_consumer"])?;
     let folder = tempfile::tempdir()?;
     let books = folder.path().join("books.sqlite");
     let bad: [Option<&[u8]>; 6] = [
@@ -126,7 +128,7 @@ async fn ids_are_bounded_and_what_is_no_payment_is_kept_aside() -> Result<()> {
 
 #[tokio::test]
 async fn what_a_new_topic_rejects_at_the_same_offset_is_kept_as_well_and_once() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_idempotent_consumer"])?;
     let folder = tempfile::tempdir()?;
     let books = folder.path().join("books.sqlite");
     let admin: AdminClient<DefaultClientContext> = ClientConfig::new()

@@ -12,6 +12,8 @@ use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
+use crate::shared;
+
 fn monitor(kafka: &Broker, args: &[&str]) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_lag_monitor"))
         .args(args)
@@ -122,7 +124,7 @@ async fn it_is_right_without_members_and_without_a_commit_and_through_an_outage(
 
 #[tokio::test]
 async fn what_retention_deleted_unread_is_lost_and_not_lag() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_lag_monitor"])?;
     topic_of_two(&kafka).await?;
     let mut monitor = monitor(&kafka, &["sleepers", "work"])?;
     // Known by name only.

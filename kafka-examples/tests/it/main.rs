@@ -4,6 +4,7 @@ mod admin;
 mod async_producer;
 mod batch_producer;
 mod broker_absent;
+mod closed_pipe;
 mod compacted_table;
 mod compression;
 mod consumer_group;
@@ -20,14 +21,16 @@ mod rebalance;
 mod reconnect;
 mod replay;
 mod retry_dlq;
+mod shared;
 mod tracing;
 mod tuned_consumer;
 mod window_aggregation;
 
 #[test]
 fn transcripts() {
-    compose::harness::transcripts(
+    compose::harness::transcripts_with(
         env!("CARGO_PKG_NAME"),
         env!("CARGO_BIN_EXE_kafka_async_producer"),
+        shared::for_transcript,
     );
 }

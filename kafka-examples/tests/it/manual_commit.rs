@@ -4,14 +4,15 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::Result;
+use compose::Broker;
 use compose::harness::{Example, Running, SOON};
-use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::reader::send_large;
+use crate::shared;
 
 type Bytes<'a> = Option<&'a [u8]>;
 
@@ -79,7 +80,7 @@ fn header(record: &OwnedMessage, name: &str) -> Option<String> {
 
 #[tokio::test]
 async fn whatever_is_no_order_ends_in_the_dead_letter_topic_as_it_was() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_manual_commit"])?;
     send(&kafka, &["order-0"])?;
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
@@ -130,7 +131,7 @@ async fn whatever_is_no_order_ends_in_the_dead_letter_topic_as_it_was() -> Resul
 
 #[test]
 fn with_stop_no_later_commit_skips_the_poison_order() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_manual_commit"])?;
     // In turn to the partitions 0 and 1.
     send(&kafka, &["a-0", "b-0", "invalid", "b-1", "a-2", "b-2"])?;
     for _ in 0..2 {
@@ -163,7 +164,7 @@ fn with_stop_no_later_commit_skips_the_poison_order() -> Result<()> {
 
 #[tokio::test]
 async fn after_sigkill_nothing_is_missing_and_at_most_one_order_is_repeated() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_manual_commit"])?;
     let orders: Vec<String> = (0..1000).map(|number| format!("order-{number}")).collect();
     send(&kafka, &[])?;
     let producer: FutureProducer = ClientConfig::new()

@@ -1,14 +1,17 @@
 //! Many at once, in order per key, and never a position beyond what is done.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use compose::Broker;
 use compose::harness::{Example, Running, SOON};
-use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+
+use crate::shared;
 
 const ORDERS: usize = 3000;
 
@@ -75,7 +78,7 @@ fn check_order(done: &Done) {
 
 #[test]
 fn sigkill_and_rebalance_lose_nothing_and_keep_the_order_of_each_key() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_parallel_consumer"])?;
     example(&kafka, &["send", &ORDERS.to_string()])?
         .wait(SOON)?
         .ok()?;
@@ -157,9 +160,103 @@ fn sigkill_and_rebalance_lose_nothing_and_keep_the_order_of_each_key() -> Result
     Ok(())
 }
 
+/// Sends until it is stopped. A quarter is of two busy users: their lanes are full, and orders of the others overtake
+/// theirs. Whichever partition moves, many of its orders are done behind one that is not.
+fn feed(kafka: &Broker, stop: &AtomicBool) -> Result<usize> {
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("enable.idempotence", "true")
+        .set("linger.ms", "0")
+        .create()?;
+    let mut reports = Vec::new();
+    while !stop.load(Ordering::Relaxed) {
+        for partition in 0..2 {
+            let number = reports.len() / 2;
+            let user = match number % 4 {
+                0 => format!("busy-{partition}"),
+                _ => format!("user-{partition}-{}", number % 23),
+            };
+            let record = FutureRecord::to("parallel-orders")
+                .partition(partition)
+                .key(&user)
+                .payload("order");
+            reports.push(producer.send_result(record).map_err(|(error, _)| error)?);
+        }
+        // More than the lanes can do, and in turn: what is sent at once is read one partition after the other.
+        std::thread::sleep(Duration::from_millis(8));
+    }
+    let sent = reports.len();
+    for report in reports {
+        futures::executor::block_on(report)?.map_err(|(error, _)| error)?;
+    }
+    Ok(sent)
+}
+
+#[test]
+fn a_rebalance_repeats_no_order_that_has_overtaken_others() -> Result<()> {
+    let kafka = shared::kafka(&["kafka_parallel_consumer"])?;
+    let mut first = example(&kafka, &[])?;
+    first.wait_for("assigned: [0, 1]", SOON)?;
+    let stop = AtomicBool::new(false);
+    let (mut second, sent) = std::thread::scope(|scope| {
+        let feeder = scope.spawn(|| feed(&kafka, &stop));
+        let second = (|| {
+            for _ in 0..200 {
+                first.wait_for("done: ", SOON)?;
+            }
+            let mut second = example(&kafka, &[])?;
+            second.wait_for("done: ", SOON)?;
+            anyhow::Ok(second)
+        })();
+        stop.store(true, Ordering::Relaxed);
+        let sent = feeder.join().expect("the feeder panicked")?;
+        anyhow::Ok((second?, sent))
+    })?;
+    let deadline = Instant::now() + SOON;
+    loop {
+        let all = [done(&mut first)?, done(&mut second)?];
+        if distinct(&all) == sent {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "{} of {sent}", distinct(&all));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    for member in [&mut first, &mut second] {
+        member.interrupt()?;
+        member.wait(SOON)?.ok()?;
+    }
+
+    let handed_over = |line: &String| line.starts_with("handing over [") && !line.contains(',');
+    let lines = first.lines();
+    let handover = lines.iter().position(handed_over).context("no handover")?;
+    let moved = usize::from(lines[handover].starts_with("handing over [1]"));
+    let (first, second) = (done(&mut first)?, done(&mut second)?);
+    assert_eq!(first.len() + second.len(), sent, "repeated");
+    let before: Vec<i64> = first
+        .iter()
+        .filter(|at| at.0 == moved)
+        .map(|at| at.1)
+        .collect();
+    // More than can have been in work.
+    let overtaken = |at: &usize| {
+        before[..*at]
+            .iter()
+            .filter(|one| **one > before[*at])
+            .count()
+            > 8
+    };
+    let last = before.len().saturating_sub(16)..before.len();
+    assert!(
+        last.clone().any(|at| overtaken(&at)),
+        "no queue held up others, so nothing could be repeated: {before:?}"
+    );
+    check_order(&first.iter().chain(&second).cloned().collect());
+    Ok(())
+}
+
 #[tokio::test]
 async fn what_is_no_order_is_reported_and_does_not_block() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_parallel_consumer"])?;
     example(&kafka, &["send", "1"])?.wait(SOON)?.ok()?;
     let before = {
         let mut member = example(&kafka, &[])?;

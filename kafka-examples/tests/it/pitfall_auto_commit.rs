@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use compose::harness::Example;
-use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
+use crate::shared;
+
 #[test]
 fn auto_commit_loses_silently_and_stored_offsets_do_not() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_pitfall_auto_commit"])?;
     // The second time, the topics hold what the first has left.
     for run in 1..=2 {
         let ended = Example::new(env!("CARGO_BIN_EXE_kafka_pitfall_auto_commit"))

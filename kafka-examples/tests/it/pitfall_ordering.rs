@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use compose::harness::{Example, SOON};
-use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
+use crate::shared;
+
 #[test]
 fn only_the_key_keeps_a_users_events_in_order() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_pitfall_ordering"])?;
     for _ in 0..2 {
         let ended = Example::new(env!("CARGO_BIN_EXE_kafka_pitfall_ordering"))
             .broker(&kafka)

@@ -4,10 +4,12 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use compose::Broker;
 use compose::harness::{Example, Running, SOON};
-use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+
+use crate::shared;
 
 fn example(kafka: &Broker, args: &[&str]) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_rebalance"))
@@ -58,7 +60,7 @@ fn repeats(kafka: &Broker, args: &[&str]) -> Result<usize> {
 
 #[test]
 fn what_was_done_is_committed_before_the_partition_moves() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_rebalance"])?;
     assert_eq!(repeats(&kafka, &[])?, 0);
     let observer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
@@ -79,7 +81,7 @@ fn what_was_done_is_committed_before_the_partition_moves() -> Result<()> {
 
 #[test]
 fn without_a_commit_on_revoke_work_is_repeated() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_rebalance"])?;
     assert!(repeats(&kafka, &["--careless"])? > 0);
     Ok(())
 }

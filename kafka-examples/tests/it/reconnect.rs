@@ -8,6 +8,8 @@ use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
+use crate::shared;
+
 fn ticks(kafka: &Broker) -> Result<Running> {
     let mut ticks = Example::new(env!("CARGO_BIN_EXE_kafka_reconnect"))
         .broker(kafka)
@@ -83,7 +85,7 @@ fn ticks_given_up_while_the_broker_is_away_are_an_error() -> Result<()> {
 
 #[test]
 fn the_name_of_a_member_can_be_taken_over_again_and_again() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_reconnect"])?;
     for _ in 0..2 {
         let ended = Example::new(env!("CARGO_BIN_EXE_kafka_reconnect"))
             .args(["fatal"])

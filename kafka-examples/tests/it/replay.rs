@@ -9,6 +9,7 @@ use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
 use crate::reader;
+use crate::shared;
 
 /// What a replay printed, without its first two lines about the partitions.
 fn replay(kafka: &Broker, args: &[&str]) -> Result<Vec<String>> {
@@ -95,7 +96,7 @@ async fn reads_exactly_the_range_and_survives_odd_records() -> Result<()> {
 #[tokio::test]
 async fn ends_where_a_transaction_ends() -> Result<()> {
     use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_replay"])?;
     assert_eq!(replay(&kafka, &[])?.len(), 13);
     // Its end marker takes the last offset, where no record will ever be.
     let producer: BaseProducer = ClientConfig::new()

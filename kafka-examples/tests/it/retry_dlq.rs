@@ -5,8 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use compose::Broker;
 use compose::harness::{Example, Running, SOON, produce_kafka_record};
-use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
@@ -14,6 +14,7 @@ use rdkafka::producer::{BaseProducer, FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::reader;
+use crate::shared;
 
 const PAYMENTS: &str = "retry-dlq.payments";
 const DEAD_LETTERS: &str = "retry-dlq.payments.dlq";
@@ -118,7 +119,7 @@ fn read(kafka: &Broker, topic: &str) -> Result<Vec<Record>> {
 
 #[tokio::test]
 async fn what_fails_holds_up_nobody_and_backs_off() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_retry_dlq"])?;
     let mut payer = payer(&kafka)?;
     let producer = producer(&kafka)?;
     let failing = br#"{"payment_id":"failing","fails":99}"#;
@@ -148,7 +149,7 @@ async fn what_fails_holds_up_nobody_and_backs_off() -> Result<()> {
 
 #[tokio::test]
 async fn each_payment_is_paid_or_dead_lettered_over_kills() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_retry_dlq"])?;
     let mut running = payer(&kafka)?;
     let producer = producer(&kafka)?;
     for number in 0..200 {
@@ -205,7 +206,7 @@ fn note(ends: &mut BTreeMap<String, u32>, lines: &[String]) {
 
 #[tokio::test]
 async fn what_is_no_payment_is_dead_lettered_as_it_came_and_replayed_once() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_retry_dlq"])?;
     let mut running = payer(&kafka)?;
     let producer = producer(&kafka)?;
     let large = vec![b'x'; 1_048_000];
@@ -269,7 +270,7 @@ async fn what_is_no_payment_is_dead_lettered_as_it_came_and_replayed_once() -> R
 #[tokio::test]
 async fn a_large_payment_and_a_header_that_cannot_be_read_stop_neither_payer_nor_replay()
 -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_retry_dlq"])?;
     let mut running = payer(&kafka)?;
     let large = reader::send_large(&kafka, PAYMENTS).await?;
     running.wait_for("attempt 1 failed: not a payment: ", SOON)?;
@@ -348,7 +349,7 @@ async fn a_large_payment_and_a_header_that_cannot_be_read_stop_neither_payer_nor
 /// A position whose transaction is open is not known, and none is not the beginning.
 #[tokio::test]
 async fn the_letters_are_listed_from_the_position_that_a_killed_replay_leaves() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_retry_dlq"])?;
     payer(&kafka)?.kill()?;
     let producer = producer(&kafka)?;
     for _ in 0..3 {

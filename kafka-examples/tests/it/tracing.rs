@@ -6,12 +6,14 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use compose::Broker;
 use compose::harness::{Example, Running, SOON, produce_kafka_record};
-use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, Headers, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+
+use crate::shared;
 
 const TOPIC: &str = "traced-orders";
 
@@ -147,7 +149,7 @@ fn traceparents(kafka: &Broker, count: usize) -> Result<BTreeMap<String, String>
 
 #[test]
 fn the_trace_goes_from_the_producer_through_the_headers_to_the_consumer() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_tracing"])?;
     // A threshold that one of the orders passes, and the other does not.
     let (mut consumer, address) = consumer(&kafka, "1000")?;
     let mut sender = example().args(["send"]).broker(&kafka).spawn()?;
@@ -237,7 +239,7 @@ fn the_trace_goes_from_the_producer_through_the_headers_to_the_consumer() -> Res
 /// Another program's trace is continued; a broken one neither stops the order nor is continued.
 #[tokio::test]
 async fn a_foreign_or_broken_context_stops_nothing() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_tracing"])?;
     let (mut consumer, address) = consumer(&kafka, "60000")?;
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
@@ -330,7 +332,7 @@ async fn a_foreign_or_broken_context_stops_nothing() -> Result<()> {
 
 #[test]
 fn a_port_that_is_taken_is_an_error_that_says_so() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_tracing"])?;
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let port = taken.local_addr()?.port().to_string();
     for (port, message) in [

@@ -4,11 +4,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use compose::Broker;
 use compose::harness::{Example, Running, SOON};
-use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+
+use crate::shared;
 
 fn consumer(kafka: &Broker, limit: &str, jobs: &[&str]) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_tuned_consumer"))
@@ -42,7 +44,7 @@ fn committed(judge: &BaseConsumer) -> Result<Offset> {
 
 #[test]
 fn too_long_is_out_of_the_group_and_the_job_moves_to_another() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_tuned_consumer"])?;
     let judge = judge(&kafka)?;
     let mut first = consumer(&kafka, "12000", &["10", "25000"])?;
     first.wait_for("offset 1: 25000 ms of work", SOON)?;
@@ -79,7 +81,7 @@ fn too_long_is_out_of_the_group_and_the_job_moves_to_another() -> Result<()> {
 
 #[tokio::test]
 async fn what_is_no_job_is_reported_and_passed_over() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_tuned_consumer"])?;
     let mut consumer = consumer(&kafka, "300000", &["1"])?;
     consumer.wait_for("offset 0: done", SOON)?;
     let producer: FutureProducer = ClientConfig::new()

@@ -14,6 +14,7 @@ use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::reader::{read, send_large};
+use crate::shared;
 
 const VIEWS: &str = "page-views";
 const COUNTS: &str = "page-views.counts";
@@ -156,6 +157,7 @@ fn wait_until_done(kafka: &Broker, running: &mut Running) -> Result<()> {
 
 #[test]
 fn over_kills_and_a_restart_each_view_counts_once_or_is_rejected() -> Result<()> {
+    let mut chance = shared::chance()?;
     let kafka = Broker::private(Service::Kafka)?;
     let minutes = ["12:00", "12:02", "12:04", "12:06"];
     for minute in minutes {
@@ -165,7 +167,7 @@ fn over_kills_and_a_restart_each_view_counts_once_or_is_rejected() -> Result<()>
     for round in 0..5 {
         let mut running = aggregation(&kafka, "3600000")?;
         running.wait_for("window ", SOON)?;
-        std::thread::sleep(Duration::from_millis(fastrand::u64(0..50)));
+        std::thread::sleep(Duration::from_millis(chance.u64(0..50)));
         running.kill()?;
         running.wait(SOON)?;
         if round == 2 {
@@ -224,7 +226,7 @@ async fn view(producer: &FutureProducer, partition: i32, payload: Option<&[u8]>)
 
 #[tokio::test]
 async fn idle_partitions_go_along_bad_views_go_aside_and_a_zombie_is_fenced_off() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_window_aggregation"])?;
     let mut running = aggregation(&kafka, "500")?;
     running.wait_for("partition 1: from offset 0", SOON)?;
     let producer: FutureProducer = ClientConfig::new()
@@ -312,7 +314,7 @@ async fn views(kafka: &Broker, views: impl IntoIterator<Item = (i32, String)>) -
 
 #[tokio::test]
 async fn a_backlog_is_not_late_and_a_page_in_two_partitions_is_the_sum_of_both() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_window_aggregation"])?;
     let mut creator = aggregation(&kafka, "500")?;
     creator.wait_for("partition 1: from offset 0", SOON)?;
     creator.interrupt()?;
@@ -334,7 +336,7 @@ async fn a_backlog_is_not_late_and_a_page_in_two_partitions_is_the_sum_of_both()
 
 #[tokio::test]
 async fn what_is_deleted_unread_is_reported_and_the_rest_is_counted() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_window_aggregation"])?;
     let mut running = aggregation(&kafka, "3600000")?;
     running.wait_for("partition 1: from offset 0", SOON)?;
     views(&kafka, (0..3).map(|at| (0, page("/", at)))).await?;
@@ -373,7 +375,7 @@ async fn what_is_deleted_unread_is_reported_and_the_rest_is_counted() -> Result<
 
 #[tokio::test]
 async fn pages_beyond_the_bound_and_large_views_are_rejected_and_windows_go_on() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = shared::kafka(&["kafka_window_aggregation"])?;
     let mut running = aggregation(&kafka, "3600000")?;
     running.wait_for("partition 1: from offset 0", SOON)?;
     running.interrupt()?;

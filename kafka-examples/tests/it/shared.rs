@@ -1,0 +1,63 @@
+//! Kafkas for the tests that leave the broker alone, and chance that can be repeated.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use compose::harness::Pool;
+use compose::harness::transcript::Transcript;
+use compose::workspace::ExampleInfo;
+use compose::{Broker, Service};
+
+static KAFKAS: Pool = Pool::new(Service::Kafka);
+
+/// A Kafka on which none of these examples has run, and on which no other test will run them: their topics and groups
+/// have fixed names, so two tests of one example need two Kafkas.
+///
+/// A test that breaks the broker, or counts all of its topics, has a private one.
+pub fn kafka(examples: &[&str]) -> Result<Arc<Broker>> {
+    let names: Vec<&str> = examples.iter().map(|example| owner(example)).collect();
+    KAFKAS.lend(&names)
+}
+
+/// Of examples that share a topic, the one that creates it.
+fn owner(example: &str) -> &str {
+    match example {
+        "kafka_async_producer" => "kafka_consumer_group",
+        "kafka_page_views" => "kafka_window_aggregation",
+        "kafka_dlq_replay" => "kafka_retry_dlq",
+        _ => example,
+    }
+}
+
+/// For the transcript in the header of an example.
+pub fn for_transcript(example: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
+    // What these show is the whole broker, or its death.
+    const ALONE: [&str; 4] = [
+        "kafka_admin",
+        "kafka_lag_monitor",
+        "kafka_reconnect",
+        "kafka_replay",
+    ];
+    if example.services.is_empty() {
+        return Ok(Vec::new());
+    }
+    if ALONE.contains(&example.name.as_str()) {
+        return Ok(vec![Arc::new(Broker::private(Service::Kafka)?)]);
+    }
+    let transcripts = Transcript::parse(&example.header, example.header_line)?;
+    let programs: BTreeSet<&str> = transcripts.iter().flat_map(Transcript::programs).collect();
+    let programs: Vec<&str> = programs.into_iter().collect();
+    Ok(vec![kafka(&programs)?])
+}
+
+/// Chance for a test that breaks things at any moment. `TEST_SEED` in the environment repeats what a failed run has
+/// printed.
+pub fn chance() -> Result<fastrand::Rng> {
+    let seed = match std::env::var("TEST_SEED") {
+        Ok(seed) => seed.parse().context("TEST_SEED is a whole number")?,
+        Err(_) => fastrand::u64(..),
+    };
+    println!("the same again: TEST_SEED={seed}");
+    Ok(fastrand::Rng::with_seed(seed))
+}
