@@ -38,7 +38,7 @@
 //! `again`: forgotten ids are paid again.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650), PULSAR_ADMIN_URL (http://localhost:8080); PAYMENTS_DB
-//! (payments.sqlite in the current folder); IDS_KEPT (100000). See also: pulsar_consumer.
+//! (pulsar-payments.sqlite in the current folder); IDS_KEPT (100000). See also: pulsar_consumer.
 
 use std::pin::pin;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -198,7 +198,7 @@ async fn send(
 }
 
 async fn consume(pulsar: &Pulsar<TokioExecutor>, address: &str) -> anyhow::Result<()> {
-    let path = std::env::var("PAYMENTS_DB").unwrap_or_else(|_| "payments.sqlite".into());
+    let path = std::env::var("PAYMENTS_DB").unwrap_or_else(|_| "pulsar-payments.sqlite".into());
     let kept = match std::env::var("IDS_KEPT") {
         Ok(kept) => kept.parse().context("IDS_KEPT is a number of ids")?,
         Err(_) => 100_000_i64,

@@ -33,9 +33,9 @@
 //! Try: kill -9 it at any moment while it works through 5000 payments, start it again: the sum is right. Set IDS_KEPT=2
 //! and send 3 twice: forgotten ids are paid again.
 //!
-//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); PAYMENTS_DB (payments.sqlite in the
-//! current folder); IDS_KEPT (100000); the arguments `send N` send payments 1 to N. The same on 3.10 and 4.x. See also:
-//! rabbitmq_reconnect, kafka_idempotent_consumer.
+//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); PAYMENTS_DB (rabbitmq-payments.sqlite in
+//! the current folder); IDS_KEPT (100000); the arguments `send N` send payments 1 to N. The same on 3.10 and 4.x. See
+//! also: rabbitmq_reconnect, kafka_idempotent_consumer.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -169,7 +169,7 @@ async fn publish(channel: &Channel, number: u32) -> anyhow::Result<()> {
 }
 
 async fn consume(channel: &Channel) -> anyhow::Result<()> {
-    let path = std::env::var("PAYMENTS_DB").unwrap_or_else(|_| "payments.sqlite".into());
+    let path = std::env::var("PAYMENTS_DB").unwrap_or_else(|_| "rabbitmq-payments.sqlite".into());
     let kept = match std::env::var("IDS_KEPT") {
         Ok(kept) => kept.parse().context("IDS_KEPT is a number of ids")?,
         Err(_) => 100_000_i64,

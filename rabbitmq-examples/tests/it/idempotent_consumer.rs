@@ -18,7 +18,7 @@ fn consumer(place: &Place, folder: &tempfile::TempDir, kept: &str) -> Result<Run
 }
 
 fn books(folder: &tempfile::TempDir) -> Result<(u32, u32, u32)> {
-    let books = rusqlite::Connection::open(folder.path().join("payments.sqlite"))?;
+    let books = rusqlite::Connection::open(folder.path().join("rabbitmq-payments.sqlite"))?;
     let sums = "SELECT sum(payments), sum(cents), (SELECT count(*) FROM seen) FROM balances";
     Ok(books.query_row(sums, [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?)
 }

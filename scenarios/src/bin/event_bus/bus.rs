@@ -15,12 +15,12 @@ use crate::event::{ALL, Event};
 use crate::shutdown::Stop;
 
 /// Everything that was published, for a week: a service that is new, or was away, reads it from here.
-pub const STREAM: &str = "USER_EVENTS";
+pub const STREAM: &str = "EVENT_BUS";
 const WEEK: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// What a service could not handle, with the reason.
-pub const DEAD_STREAM: &str = "USER_EVENTS_DEAD";
-pub const DEAD: &str = "event-bus.dead";
+pub const DEAD_STREAM: &str = "EVENT_BUS_DEAD";
+pub const DEAD: &str = "event-bus.dead-letters";
 
 /// Within this time the stream drops a second copy of an event that its publisher has sent again. After it, the
 /// marks of the services still do.

@@ -3,9 +3,10 @@
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-pub const CREATED: &str = "events.user.created";
-pub const UPDATED: &str = "events.user.updated";
-pub const ALL: &str = "events.user.>";
+/// Not `events.user.…`: that is what the first lesson, nats_publish, publishes.
+pub const CREATED: &str = "event-bus.user.created";
+pub const UPDATED: &str = "event-bus.user.updated";
+pub const ALL: &str = "event-bus.user.>";
 
 /// The version that this program writes, and the only one that it reads.
 pub const VERSION: u32 = 1;
@@ -92,7 +93,7 @@ mod tests {
             Ok(Event::Created(user.clone()))
         );
         assert_eq!(Event::read(UPDATED, &json), Ok(Event::Updated(user)));
-        assert!(Event::read("events.user.deleted", &json).is_err());
+        assert!(Event::read("event-bus.user.deleted", &json).is_err());
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Event bus: user, email and notification services on NATS, and one real mail for each user.
 //!
 //! ```text
-//!                 events.user.created ──▶ email ──▶ SMTP ──▶ mailbox (or your mail server)
+//!                 event-bus.user.created ──▶ email ──▶ SMTP ──▶ mailbox (or your mail server)
 //!  user (outbox) ─┤
-//!                 events.user.>       ──▶ notification      (and audit, which comes later)
+//!                 event-bus.user.>       ──▶ notification      (and audit, which comes later)
 //! ```
 //!
 //! `event_bus` uses core NATS: at most once, to whoever listens at that moment. `event_bus --durable` uses
@@ -18,7 +18,7 @@
 //!   cannot know, and sends the mail again: under the same Message-ID, by which whoever keeps it sees that it
 //!   is the same. The mailbox here does, as mail stores do. The report counts both, and every such doubt.
 //! - What no service of this version can read, and what the mail server refuses for good, is a poison event. It
-//!   goes to the stream `USER_EVENTS_DEAD` with the reason, once for each service, and is terminated. On core
+//!   goes to the stream `EVENT_BUS_DEAD` with the reason, once for each service, and is terminated. On core
 //!   NATS it is reported and skipped. What may work later comes again, later and later, without an end.
 //!
 //! ```console
@@ -47,7 +47,7 @@
 //! 3$ cargo lab run event_bus audit --durable
 //! audit: working, Ctrl-C ends it
 //! ...
-//! audit: events.user.created [..]-000003
+//! audit: event-bus.user.created [..]-000003
 //! ...
 //! 2^C
 //! email: 3 events handled, 0 skipped
@@ -59,7 +59,7 @@
 //! share its work, by a queue group or by the durable consumer of its name. They share its books, too.
 //!
 //! Try: `kill -9` a service during `event_bus user --durable --users 5000 --rate 100`, and start it again; then
-//! `event_bus report`. `cargo run --bin nats_publish`: its events are none of ours. The same without `--durable`:
+//! `event_bus report`. `nats pub event-bus.user.created hello`: that is no event. The same without `--durable`:
 //! what was published while a service was down is gone. SMTP_URL with nobody behind it, and then with.
 //!
 //! What is not promised: JetStream syncs to disk every two minutes by default, so this is survival of a process

@@ -28,7 +28,7 @@ struct Track {
     last_at: Option<i64>,
 }
 
-/// Everything that a reader of `orders` has seen, and what was wrong with it.
+/// Everything that a reader of the orders' topic has seen, and what was wrong with it.
 #[derive(Default)]
 pub struct History {
     run: Option<String>,
@@ -221,7 +221,7 @@ impl History {
     }
 }
 
-/// Follows `orders` until `enough` says so, or it is told to stop. Returns whether it was enough.
+/// Follows the orders' topic until `enough` says so, or it is told to stop. Returns whether it was enough.
 pub fn watch(
     kafka: &Kafka,
     run: Option<String>,

@@ -199,7 +199,7 @@ pub fn tell(books: &Transaction<'_>, confirmed: &Positions) -> rusqlite::Result<
     Ok(())
 }
 
-/// The partition of `orders` in which the order's first event lies.
+/// The partition of the orders' topic in which the order's first event lies.
 pub fn home(books: &Transaction<'_>, order_id: &str) -> rusqlite::Result<Option<i32>> {
     books
         .prepare_cached("SELECT partition FROM handled WHERE order_id = ?1 AND taken = 'created'")?

@@ -10,13 +10,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 /// Every status of every order, keyed by `user_id`.
-pub const ORDERS: &str = "orders";
+pub const ORDERS: &str = "order-pipeline.orders";
 /// The saga's way back: payment declined these, inventory gives their stock back.
-pub const DECLINED: &str = "orders.payment-declined";
+pub const DECLINED: &str = "order-pipeline.orders.payment-declined";
 /// What no stage can read, with the reason in the headers.
-pub const DEAD_LETTERS: &str = "orders.dlq";
+pub const DEAD_LETTERS: &str = "order-pipeline.orders.dlq";
 /// How far each run of `place` has got. Compacted: only the newest record per run matters.
-pub const PROGRESS: &str = "orders.place-progress";
+pub const PROGRESS: &str = "order-pipeline.orders.place-progress";
 
 /// Header: microseconds since 1970 at which the event was sent.
 pub const AT: &str = "at";
@@ -32,7 +32,7 @@ pub const MAX_EVENT: usize = 256 * 1024;
 pub enum Status {
     Created,
     InventoryReserved,
-    /// Only on the topic of declined payments, never on `orders`.
+    /// Only on the topic of declined payments, never on that of the orders.
     PaymentDeclined,
     Paid,
     Shipped,

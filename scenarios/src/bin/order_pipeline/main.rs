@@ -1,10 +1,10 @@
 //! Order pipeline: four stages, a saga and dead letters on Kafka, each order handled exactly once.
 //!
 //! ```text
-//!                      orders (key: user_id)
+//!                      order-pipeline.orders (key: user_id)
 //!  place ── created ──▶ inventory ── inventory_reserved ──▶ payment ── paid ──▶ shipping ── shipped
 //!                         │     ▲                             │
-//!                      rejected └── orders.payment-declined ◀─┘
+//!                      rejected └─────────── declined ────────┘
 //!                         │
 //!                     cancelled (the stock is back by then)
 //! ```
@@ -23,7 +23,8 @@
 //! - Any error that a stage does not understand means: throw the clients away and begin a new session.
 //!   `init_transactions` makes the broker settle what was open, the positions say where to go on.
 //! - `place` writes how far it has got in the same transaction as the orders, so it can be killed too.
-//! - What nobody can read goes to `orders.dlq`, with the reason in the headers, and the rest goes on.
+//! - What nobody can read goes to `order-pipeline.orders.dlq`, with the reason in the headers,
+//!   and the rest goes on.
 //!
 //! Read on in this order: `event`, `kafka`, `books`, `stage`, then a service such as `inventory`, then
 //! `place` and `audit`.

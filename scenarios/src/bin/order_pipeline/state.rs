@@ -17,7 +17,9 @@ impl State {
             Some(folder) => folder.to_owned(),
             None => dirs::data_local_dir()
                 .context("this system names no folder for local data: give one with --state")?
-                .join("order_pipeline"),
+                // Named like the prefix of the topics. Up to the first edition there was none, and the folder was
+                // `order_pipeline`: those books must not meet topics that are new.
+                .join("order-pipeline"),
         };
         Ok(State {
             base,

@@ -77,7 +77,7 @@ impl World {
         Runtime::new()?.block_on(async {
             let jetstream = jetstream::new(async_nats::connect(url).await?);
             let consumer: jetstream::consumer::PullConsumer = jetstream
-                .get_consumer_from_stream(service, "USER_EVENTS")
+                .get_consumer_from_stream(service, "EVENT_BUS")
                 .await?;
             let info = consumer.cached_info();
             Ok((info.num_pending, info.num_ack_pending))
@@ -89,7 +89,7 @@ impl World {
         let url = self.nats.address();
         Runtime::new()?.block_on(async {
             let jetstream = jetstream::new(async_nats::connect(url).await?);
-            let mut stream = jetstream.get_stream("USER_EVENTS_DEAD").await?;
+            let mut stream = jetstream.get_stream("EVENT_BUS_DEAD").await?;
             let count = stream.info().await?.state.messages as usize;
             let consumer = stream
                 .create_consumer(jetstream::consumer::pull::Config::default())
@@ -232,7 +232,7 @@ fn a_kill_between_the_servers_answer_and_the_mark_repeats_the_same_mail() -> Res
 
     // The books know of it, and the program's own mailbox keeps such a mail once.
     let mut notification = world.durable(&["notification"])?;
-    notification.wait_for("events.user.created", MINUTE)?;
+    notification.wait_for("event-bus.user.created", MINUTE)?;
     let report = world.durable(&["report"])?.wait(MINUTE)?.ok()?.stdout;
     assert_eq!(
         reported(&report, "all runs: mails in doubt"),
@@ -290,7 +290,7 @@ fn a_run_goes_on_with_a_new_stream_when_the_old_one_was_deleted() -> Result<()> 
         let jetstream = jetstream::new(async_nats::connect(url).await?);
         let deadline = Instant::now() + MINUTE;
         loop {
-            if let Ok(stream) = jetstream.get_stream("USER_EVENTS").await
+            if let Ok(stream) = jetstream.get_stream("EVENT_BUS").await
                 && stream.cached_info().state.messages >= 5
             {
                 break;
@@ -299,7 +299,7 @@ fn a_run_goes_on_with_a_new_stream_when_the_old_one_was_deleted() -> Result<()> 
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         user.kill()?;
-        jetstream.delete_stream("USER_EVENTS").await?;
+        jetstream.delete_stream("EVENT_BUS").await?;
         Ok(())
     })?;
     world.durable(&run)?.wait(MINUTE)?.ok()?;
@@ -327,7 +327,7 @@ fn without_jetstream_an_outage_ends_the_run_and_ctrl_c_is_heard() -> Result<()> 
     let mut email = world.start(&["email"])?;
     email.wait_for("listening", MINUTE)?;
     let mut all = world.start(&["--users", "20", "--rate", "2"])?;
-    all.wait_for("notification: events.user.created", MINUTE)?;
+    all.wait_for("notification: event-bus.user.created", MINUTE)?;
     world.nats.kill(1)?;
     let ended = all.wait(MINUTE)?;
     assert_eq!(ended.code(), 1, "{}", ended.stdout);
@@ -447,9 +447,9 @@ fn poison_events_end_elsewhere_and_the_services_live_on() -> Result<()> {
     // Core NATS: reported and skipped.
     let mut email = world.start(&["email"])?;
     email.wait_for("listening", MINUTE)?;
-    world.publish("events.user.created", &unreadable)?;
+    world.publish("event-bus.user.created", &unreadable)?;
     world.publish(
-        "events.user.created",
+        "event-bus.user.created",
         &[nobody.as_bytes(), strange.as_bytes(), good.as_bytes()],
     )?;
     email.wait_for("version 2 is not known here", MINUTE)?;
@@ -466,15 +466,15 @@ fn poison_events_end_elsewhere_and_the_services_live_on() -> Result<()> {
     let world = World::new(&[])?;
     let mut notification = world.durable(&["notification"])?;
     notification.wait_for("working", MINUTE)?;
-    world.publish("events.user.created", &unreadable)?;
+    world.publish("event-bus.user.created", &unreadable)?;
     world.publish(
-        "events.user.created",
+        "event-bus.user.created",
         &[nobody.as_bytes(), strange.as_bytes(), good.as_bytes()],
     )?;
-    world.publish("events.user.deleted", &[good.as_bytes()])?;
+    world.publish("event-bus.user.deleted", &[good.as_bytes()])?;
     // As large as the server allows: a dead letter cannot hold all of it.
     let large = vec![b'x'; 1 << 20];
-    world.publish("events.user.created", &[&large])?;
+    world.publish("event-bus.user.created", &[&large])?;
     let mut email = world.durable(&["email"])?;
     email.wait_for("mail to good@example.org", MINUTE)?;
     // Handled side by side: those before it may be unfinished.
@@ -502,7 +502,7 @@ fn poison_events_end_elsewhere_and_the_services_live_on() -> Result<()> {
         reason("email", strange.as_bytes())?.contains("address"),
         "{letters:?}"
     );
-    assert!(reason("notification", good.as_bytes())?.contains("events.user.deleted"));
+    assert!(reason("notification", good.as_bytes())?.contains("event-bus.user.deleted"));
     let trimmed =
         |(_, payload): &&(String, Vec<u8>)| payload.len() > 1_000_000 && large.starts_with(payload);
     assert_eq!(letters.keys().filter(trimmed).count(), 2);

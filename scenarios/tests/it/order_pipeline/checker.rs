@@ -1,4 +1,4 @@
-//! Judges what a reader of `orders` has seen. It shares no code with the program that it judges.
+//! Judges what a reader of `order-pipeline.orders` has seen. It shares no code with the program that it judges.
 
 use std::collections::{HashMap, HashSet};
 

@@ -11,7 +11,7 @@ use rdkafka::config::ClientConfig;
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
 
-use super::{MINUTE, committed, header, program, reported};
+use super::{DEAD_LETTERS, MINUTE, TOPIC, committed, header, program, reported};
 
 const LINES: &str = r#"{"order_id":"a1","user_id":"ann","amount":1250,"note":"keep 0.10 as it is","price":0.10}
 {"order_id":"a2","user_id":"bob","amount":12.50}
@@ -48,7 +48,7 @@ fn orders_from_a_file_with_bad_lines() -> Result<()> {
     ] {
         assert_eq!(reported(&report, what), Some(n), "{what}\n{report}");
     }
-    let dead = committed(&kafka.address(), "orders.dlq")?;
+    let dead = committed(&kafka.address(), DEAD_LETTERS)?;
     let by_line: BTreeMap<String, (String, String)> = dead
         .iter()
         .map(|record| {
@@ -64,7 +64,7 @@ fn orders_from_a_file_with_bad_lines() -> Result<()> {
     assert!(by_line["2"].1.contains("floating point"), "{by_line:?}");
     assert!(by_line["5"].1.contains("user_id is empty"), "{by_line:?}");
     assert!(by_line["8"].1.contains("other content"), "{by_line:?}");
-    let shipped = committed(&kafka.address(), "orders")?
+    let shipped = committed(&kafka.address(), TOPIC)?
         .into_iter()
         .map(|record| String::from_utf8_lossy(record.payload().unwrap()).into_owned())
         .find(|text| text.contains("shipped"))
@@ -95,7 +95,7 @@ fn orders_from_standard_input_are_placed_as_they_come() -> Result<()> {
     let mut place = start()?;
     place.write_stdin(order(1))?;
     let deadline = Instant::now() + MINUTE;
-    while committed(&kafka.address(), "orders").is_ok_and(|records| records.is_empty()) {
+    while committed(&kafka.address(), TOPIC).is_ok_and(|records| records.is_empty()) {
         assert!(
             Instant::now() < deadline,
             "nothing is placed before the end of the input"
@@ -107,8 +107,8 @@ fn orders_from_standard_input_are_placed_as_they_come() -> Result<()> {
     place.write_stdin(order(1) + &order(2) + "x\n")?;
     place.close_stdin();
     place.wait(MINUTE)?.ok()?;
-    assert_eq!(committed(&kafka.address(), "orders")?.len(), 2);
-    assert_eq!(committed(&kafka.address(), "orders.dlq")?.len(), 1);
+    assert_eq!(committed(&kafka.address(), TOPIC)?.len(), 2);
+    assert_eq!(committed(&kafka.address(), DEAD_LETTERS)?.len(), 1);
     Ok(())
 }
 
@@ -146,20 +146,20 @@ fn garbage_on_the_topic_blocks_nothing() -> Result<()> {
     ];
     for (payload, _) in &garbage {
         vandal
-            .send(BaseRecord::to("orders").key("k").payload(*payload))
+            .send(BaseRecord::to(TOPIC).key("k").payload(*payload))
             .map_err(|(e, _)| e)?;
     }
     vandal
-        .send(BaseRecord::<str, str>::to("orders"))
+        .send(BaseRecord::<str, str>::to(TOPIC))
         .map_err(|(e, _)| e)?;
     vandal.flush(MINUTE)?;
     // The client panics at such a header.
     let order = br#"{"order_id":"h","user_id":"u","amount":1,"status":"paid"}"#;
     let odd: [(&[u8], &[u8]); 1] = [(b"\xff\xfe", b"x")];
-    produce_kafka_record(&kafka, "orders", Some(b"k"), &odd, order)?;
+    produce_kafka_record(&kafka, TOPIC, Some(b"k"), &odd, order)?;
     let ended = run()?.ok()?;
     assert!(!ended.stdout.contains("interrupted"), "{}", ended.stdout);
-    let dead = committed(&kafka.address(), "orders.dlq")?;
+    let dead = committed(&kafka.address(), DEAD_LETTERS)?;
     let mut stages: Vec<_> = dead
         .iter()
         .map(|record| header(record, "stage").unwrap())
@@ -221,7 +221,7 @@ fn a_named_run_is_placed_once() -> Result<()> {
             place.stdout
         );
     }
-    assert_eq!(committed(&kafka.address(), "orders")?.len(), 700);
+    assert_eq!(committed(&kafka.address(), TOPIC)?.len(), 700);
     Ok(())
 }
 

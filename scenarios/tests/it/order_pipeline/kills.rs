@@ -12,7 +12,7 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::{Offset, TopicPartitionList};
 
 use super::checker::{Event, check};
-use super::{MINUTE, books, books_file, committed, program, reported};
+use super::{DEAD_LETTERS, MINUTE, TOPIC, books, books_file, committed, program, reported};
 
 const ORDERS: usize = 6000;
 const KILLS: usize = 20;
@@ -120,13 +120,13 @@ fn survives_kills_of_every_part_and_of_kafka() -> Result<()> {
         pipeline.part(part)?.wait(MINUTE)?.ok()?;
     }
 
-    let records = committed(&pipeline.brokers, "orders")?;
+    let records = committed(&pipeline.brokers, TOPIC)?;
     let events = records
         .iter()
         .map(Event::read)
         .collect::<Result<Vec<_>>>()?;
     assert_eq!(check(&events, ORDERS), Vec::<String>::new());
-    assert_eq!(committed(&pipeline.brokers, "orders.dlq")?.len(), 0);
+    assert_eq!(committed(&pipeline.brokers, DEAD_LETTERS)?.len(), 0);
 
     let count = |status: &str| events.iter().filter(|e| e.status == status).count() as i64;
     let shipped = events.iter().filter(|event| event.status == "shipped");
@@ -253,7 +253,7 @@ fn a_frozen_stage_that_was_replaced_gives_up() -> Result<()> {
         .spawn()?
         .wait(2 * MINUTE)?
         .ok()?;
-    let records = committed(&pipeline.brokers, "orders")?;
+    let records = committed(&pipeline.brokers, TOPIC)?;
     let events = records
         .iter()
         .map(Event::read)
@@ -297,7 +297,7 @@ fn partitions_move_between_instances() -> Result<()> {
         "it never had work: {}",
         ended.stdout
     );
-    let records = committed(&pipeline.brokers, "orders")?;
+    let records = committed(&pipeline.brokers, TOPIC)?;
     let events = records
         .iter()
         .map(Event::read)
@@ -324,9 +324,9 @@ fn positions_that_go_back_repeat_nothing() -> Result<()> {
             .set("group.id", format!("order-pipeline-{stage}"))
             .create()?;
         let mut start = TopicPartitionList::new();
-        let metadata = consumer.fetch_metadata(Some("orders"), MINUTE)?;
+        let metadata = consumer.fetch_metadata(Some(TOPIC), MINUTE)?;
         for partition in metadata.topics()[0].partitions() {
-            start.add_partition_offset("orders", partition.id(), Offset::Offset(0))?;
+            start.add_partition_offset(TOPIC, partition.id(), Offset::Offset(0))?;
         }
         // Refused as long as the group waits for its member to come back.
         let deadline = Instant::now() + MINUTE;
@@ -341,7 +341,7 @@ fn positions_that_go_back_repeat_nothing() -> Result<()> {
         reported(&report, "effects not repeated after a crash") >= Some(300),
         "{report}"
     );
-    let records = committed(&kafka.address(), "orders")?;
+    let records = committed(&kafka.address(), TOPIC)?;
     let events = records
         .iter()
         .map(Event::read)

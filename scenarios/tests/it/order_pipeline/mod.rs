@@ -18,6 +18,9 @@ use rusqlite::{Connection, OpenFlags};
 use tempfile::TempDir;
 
 const MINUTE: Duration = Duration::from_secs(60);
+/// The pipeline's own: the `orders` of the Kafka lessons are not its business.
+const TOPIC: &str = "order-pipeline.orders";
+const DEAD_LETTERS: &str = "order-pipeline.orders.dlq";
 
 /// The program with its books in `state`.
 fn program(state: &TempDir, brokers: &str, args: &[&str]) -> Example {
