@@ -625,8 +625,30 @@ pub fn broker_absent(service: Service, programs: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A program with its arguments.
+/// Chance for a test that breaks things at any moment. `TEST_SEED` in the environment repeats what a failed run has
+/// printed.
+///
+/// # Errors
+/// `TEST_SEED` is not a number.
+pub fn chance() -> Result<fastrand::Rng> {
+    let seed = match std::env::var("TEST_SEED") {
+        Ok(seed) => seed.parse().context("TEST_SEED is a whole number")?,
+        Err(_) => fastrand::u64(..),
+    };
+    println!("the same again: TEST_SEED={seed}");
+    Ok(fastrand::Rng::with_seed(seed))
+}
+
+/// A program with its arguments, see [`call!`](crate::call).
 pub type Call<'a> = (&'a str, &'a [&'a str]);
+
+/// A [`Call`](crate::harness::Call) of a binary of the package under test, by its name.
+#[macro_export]
+macro_rules! call {
+    ($name:literal $(, $arg:literal)*) => {
+        (env!(concat!("CARGO_BIN_EXE_", $name)), &[$($arg),*])
+    };
+}
 
 /// Starts each program as `program | head -1`, and requires that it ends with its next line. The second call gives it
 /// something to print; a program without one prints by itself. `prepare` adds the brokers and other settings.

@@ -1,15 +1,10 @@
 //! `kafka_… | head -1`: a program whose output nobody reads any more ends with its next line.
 
 use anyhow::Result;
+use compose::call;
 use compose::harness::{Call, closed_pipe};
 
 use crate::shared;
-
-macro_rules! call {
-    ($name:literal $(, $arg:literal)*) => {
-        (env!(concat!("CARGO_BIN_EXE_", $name)), &[$($arg),*])
-    };
-}
 
 /// The consumers that run until Ctrl-C, and what gives them something to print; the others print by themselves.
 const CONSUMERS: [(Call<'_>, Option<Call<'_>>); 14] = [

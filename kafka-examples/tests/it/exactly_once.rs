@@ -181,7 +181,7 @@ fn wait_until_open(kafka: &Broker) -> Result<()> {
 
 #[tokio::test]
 async fn each_order_once_over_kills_and_a_restart_of_the_broker() -> Result<()> {
-    let mut chance = shared::chance()?;
+    let mut chance = compose::harness::chance()?;
     let kafka = Broker::private(Service::Kafka)?;
     create_topics(&kafka)?;
     produce_orders(&kafka, 0..2500).await?;

@@ -1,9 +1,9 @@
-//! Kafkas for the tests that leave the broker alone, and chance that can be repeated.
+//! Kafkas for the tests that leave the broker alone.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use compose::harness::Pool;
 use compose::harness::transcript::Transcript;
 use compose::workspace::ExampleInfo;
@@ -49,15 +49,4 @@ pub fn for_transcript(example: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
     let programs: BTreeSet<&str> = transcripts.iter().flat_map(Transcript::programs).collect();
     let programs: Vec<&str> = programs.into_iter().collect();
     Ok(vec![kafka(&programs)?])
-}
-
-/// Chance for a test that breaks things at any moment. `TEST_SEED` in the environment repeats what a failed run has
-/// printed.
-pub fn chance() -> Result<fastrand::Rng> {
-    let seed = match std::env::var("TEST_SEED") {
-        Ok(seed) => seed.parse().context("TEST_SEED is a whole number")?,
-        Err(_) => fastrand::u64(..),
-    };
-    println!("the same again: TEST_SEED={seed}");
-    Ok(fastrand::Rng::with_seed(seed))
 }

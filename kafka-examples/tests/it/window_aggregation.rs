@@ -157,7 +157,7 @@ fn wait_until_done(kafka: &Broker, running: &mut Running) -> Result<()> {
 
 #[test]
 fn over_kills_and_a_restart_each_view_counts_once_or_is_rejected() -> Result<()> {
-    let mut chance = shared::chance()?;
+    let mut chance = compose::harness::chance()?;
     let kafka = Broker::private(Service::Kafka)?;
     let minutes = ["12:00", "12:02", "12:04", "12:06"];
     for minute in minutes {

@@ -1,15 +1,10 @@
 //! `nats_… | head -1`: a program whose output nobody reads any more ends with its next line.
 
 use anyhow::Result;
+use compose::call;
 use compose::harness::{Call, closed_pipe};
 
 use crate::nats::server;
-
-macro_rules! call {
-    ($name:literal $(, $arg:literal)*) => {
-        (env!(concat!("CARGO_BIN_EXE_", $name)), &[$($arg),*])
-    };
-}
 
 /// What runs until Ctrl-C, and what gives it something to print; the others print by themselves.
 const PROGRAMS: [(Call<'_>, Option<Call<'_>>); 13] = [

@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use anyhow::Result;
+use compose::Broker;
 use compose::harness::{Example, Running};
-use compose::{Broker, Service};
 use rusqlite::Connection;
 
 use crate::support::{
-    SOON, backlog, client, consumer, run, send, start, stats, stop, topic, until,
+    SOON, backlog, client, consumer, own, run, send, start, stats, stop, topic, until,
 };
 
 const PAYMENTS: &str = env!("CARGO_BIN_EXE_pulsar_idempotent_consumer");
@@ -26,24 +26,24 @@ fn number(books: &Path, question: &str) -> Result<i64> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_and_repeated_and_still_once() -> Result<()> {
-    // Of its own: what is in the topic is counted.
-    let broker = Broker::private(Service::Pulsar)?;
+    // What is in the topic is counted.
+    let (broker, _turn) = own("idempotent-payments").await?;
     let payments = topic("idempotent-payments");
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("books.sqlite");
-    let judge = client(&broker).await?;
+    let judge = client(broker).await?;
     consumer(&judge, &payments, "judge").await?.close().await?;
 
     // A producer dies while it sends, and is started again under its name.
-    let mut cut = start(PAYMENTS, &broker, &["send", "monday", "3000"])?;
+    let mut cut = start(PAYMENTS, broker, &["send", "monday", "3000"])?;
     until("some are stored", async || {
-        let stored = stats(&broker, &payments).await?["msgInCounter"].as_u64();
+        let stored = stats(broker, &payments).await?["msgInCounter"].as_u64();
         Ok(stored.is_some_and(|stored| stored > 100))
     })
     .await?;
     cut.kill()?;
     cut.wait(SOON)?;
-    let repeated = run(PAYMENTS, &broker, &["send", "monday", "1500"])?;
+    let repeated = run(PAYMENTS, broker, &["send", "monday", "1500"])?;
     let dropped: u64 = repeated
         .trim_end()
         .rsplit(' ')
@@ -54,22 +54,22 @@ async fn killed_and_repeated_and_still_once() -> Result<()> {
         dropped > 100,
         "the kill came too early to prove anything: {repeated}"
     );
-    let stored = backlog(&broker, &payments, "judge").await?;
+    let stored = backlog(broker, &payments, "judge").await?;
     let expected = i64::try_from(stored)?;
     assert!(expected >= 1500, "{expected}");
 
     // The first 1500 again, under another name: now only the consumer can know.
-    run(PAYMENTS, &broker, &["again", "monday", "1500"])?;
-    assert_eq!(backlog(&broker, &payments, "judge").await?, stored + 1500);
-    let mut first = books(&broker, &path, "100000")?;
+    run(PAYMENTS, broker, &["again", "monday", "1500"])?;
+    assert_eq!(backlog(broker, &payments, "judge").await?, stored + 1500);
+    let mut first = books(broker, &path, "100000")?;
     for _ in 0..500 {
         first.wait_for("monday-", SOON)?;
     }
     first.kill()?;
     first.wait(SOON)?;
-    let mut second = books(&broker, &path, "100000")?;
+    let mut second = books(broker, &path, "100000")?;
     until("all are acknowledged", async || {
-        Ok(backlog(&broker, &payments, "idempotent-payments").await? == 0)
+        Ok(backlog(broker, &payments, "idempotent-payments").await? == 0)
     })
     .await?;
     let printed = stop(&mut second)?;
@@ -96,9 +96,9 @@ async fn killed_and_repeated_and_still_once() -> Result<()> {
     let good =
         [1, 2, 3, 3, 1].map(|id| format!(r#"{{"payment_id":"p-{id}","user_id":"new","cents":7}}"#));
     send(&judge, &payments, good).await?;
-    let mut third = books(&broker, &path, "2")?;
+    let mut third = books(broker, &path, "2")?;
     until("all are acknowledged", async || {
-        Ok(backlog(&broker, &payments, "idempotent-payments").await? == 0)
+        Ok(backlog(broker, &payments, "idempotent-payments").await? == 0)
     })
     .await?;
     stop(&mut third)?;

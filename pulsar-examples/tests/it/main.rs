@@ -2,6 +2,7 @@
 
 mod backlog_monitor;
 mod broker_absent;
+mod closed_pipe;
 mod idempotent_consumer;
 mod operations;
 mod producer_consumer;
@@ -14,8 +15,9 @@ mod writing;
 
 #[test]
 fn transcripts() {
-    compose::harness::transcripts(
+    compose::harness::transcripts_with(
         env!("CARGO_PKG_NAME"),
         env!("CARGO_BIN_EXE_pulsar_producer"),
+        support::for_transcript,
     );
 }

@@ -9,7 +9,7 @@ use futures::TryStreamExt;
 use pulsar::consumer::InitialPosition;
 use pulsar::{Consumer, ConsumerOptions, Pulsar, TokioExecutor};
 
-use crate::support::{self, send_batch};
+use crate::support::{self, own, send_batch};
 
 const TOPIC: &str = "persistent://public/default/orders";
 
@@ -61,8 +61,8 @@ async fn backlog(client: &Pulsar<TokioExecutor>, last: &str) -> Result<Vec<Strin
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_receipt_names_the_place_of_its_order() -> Result<()> {
-    let pulsar = Broker::private(Service::Pulsar)?;
-    let client = client(&pulsar).await?;
+    let (pulsar, _turn) = own("orders").await?;
+    let client = client(pulsar).await?;
     let mut reader: Consumer<String, _> = client
         .consumer()
         .with_topic(TOPIC)
@@ -70,7 +70,7 @@ async fn each_receipt_names_the_place_of_its_order() -> Result<()> {
         .build()
         .await?;
     let producer = Example::new(env!("CARGO_BIN_EXE_pulsar_producer"));
-    let ended = producer.broker(&pulsar).spawn()?.wait(SOON)?.ok()?;
+    let ended = producer.broker(pulsar).spawn()?.wait(SOON)?.ok()?;
     assert_eq!(ended.stdout.lines().count(), 3);
     for line in ended.stdout.lines() {
         let message = tokio::time::timeout(SOON, reader.try_next()).await??;
@@ -90,9 +90,9 @@ async fn each_receipt_names_the_place_of_its_order() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_sigkill_what_was_not_acknowledged_comes_again() -> Result<()> {
-    let pulsar = Broker::private(Service::Pulsar)?;
-    let client = client(&pulsar).await?;
-    let mut first = consumer(&pulsar)?;
+    let (pulsar, _turn) = own("orders").await?;
+    let client = client(pulsar).await?;
+    let mut first = consumer(pulsar)?;
     send(&client, &orders(30)).await?;
     for _ in 0..10 {
         first.wait_for("acknowledged", SOON)?;
@@ -105,7 +105,7 @@ async fn after_sigkill_what_was_not_acknowledged_comes_again() -> Result<()> {
         .filter(|line| line.contains("acknowledged"))
         .count();
 
-    let mut second = consumer(&pulsar)?;
+    let mut second = consumer(pulsar)?;
     second.wait_for(" o29 of u", SOON)?;
     second.interrupt()?;
     second.wait(SOON)?.ok()?;
@@ -131,14 +131,14 @@ async fn after_sigkill_what_was_not_acknowledged_comes_again() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_a_batch_nothing_is_lost_by_a_sigkill_nor_by_a_message_that_is_no_order() -> Result<()> {
-    let pulsar = Broker::private(Service::Pulsar)?;
-    let client = client(&pulsar).await?;
-    let mut first = consumer(&pulsar)?;
+    let (pulsar, _turn) = own("orders").await?;
+    let client = client(pulsar).await?;
+    let mut first = consumer(pulsar)?;
     send_batch(&client, TOPIC, orders(50)).await?;
     first.wait_for(" o0 of u", SOON)?;
     first.kill()?;
     first.wait(SOON)?;
-    let mut second = consumer(&pulsar)?;
+    let mut second = consumer(pulsar)?;
     second.wait_for(" o49 of u, 1 cents: acknowledged", SOON)?;
     second.interrupt()?;
     second.wait(SOON)?.ok()?;
@@ -153,7 +153,7 @@ async fn of_a_batch_nothing_is_lost_by_a_sigkill_nor_by_a_message_that_is_no_ord
     assert_eq!(backlog(&client, "end").await?, Vec::<String>::new());
 
     // The ack of the last would be the ack of the one that must be kept.
-    let mut third = consumer(&pulsar)?;
+    let mut third = consumer(pulsar)?;
     let batch = ["{".to_owned(), orders(1).remove(0)];
     send_batch(&client, TOPIC, &batch).await?;
     third.wait_for("its batch is kept", SOON)?;
@@ -168,9 +168,9 @@ async fn of_a_batch_nothing_is_lost_by_a_sigkill_nor_by_a_message_that_is_no_ord
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ctrl_c_in_a_batch_that_is_larger_than_the_queue_is_an_orderly_end() -> Result<()> {
-    let pulsar = Broker::private(Service::Pulsar)?;
-    let client = client(&pulsar).await?;
-    let mut running = consumer(&pulsar)?;
+    let (pulsar, _turn) = own("orders").await?;
+    let client = client(pulsar).await?;
+    let mut running = consumer(pulsar)?;
     send(&client, &orders(3)).await?;
     let batches = [orders(200), orders(200)];
     for batch in &batches {
@@ -192,9 +192,9 @@ async fn ctrl_c_in_a_batch_that_is_larger_than_the_queue_is_an_orderly_end() -> 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ctrl_c_finishes_the_order_in_hand_and_its_ack_arrives() -> Result<()> {
-    let pulsar = Broker::private(Service::Pulsar)?;
-    let client = client(&pulsar).await?;
-    let mut running = consumer(&pulsar)?;
+    let (pulsar, _turn) = own("orders").await?;
+    let client = client(pulsar).await?;
+    let mut running = consumer(pulsar)?;
     let orders = orders(30);
     send(&client, &orders).await?;
     for _ in 0..5 {
@@ -214,9 +214,9 @@ async fn ctrl_c_finishes_the_order_in_hand_and_its_ack_arrives() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_is_no_order_is_reported_and_kept() -> Result<()> {
-    let pulsar = Broker::private(Service::Pulsar)?;
-    let client = client(&pulsar).await?;
-    let mut running = consumer(&pulsar)?;
+    let (pulsar, _turn) = own("orders").await?;
+    let client = client(pulsar).await?;
+    let mut running = consumer(pulsar)?;
     send(&client, &["{".to_owned(), orders(1).remove(0)]).await?;
     running.wait_for("not an order, kept in the backlog", SOON)?;
     running.wait_for("o0 of u", SOON)?;
@@ -257,12 +257,12 @@ async fn after_a_broker_crash_the_consumer_goes_on_or_ends_with_an_error() -> Re
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_a_long_backlog_the_end_is_orderly_too() -> Result<()> {
-    let pulsar = Broker::private(Service::Pulsar)?;
-    let client = client(&pulsar).await?;
-    consumer(&pulsar)?.kill()?;
+    let (pulsar, _turn) = own("orders").await?;
+    let client = client(pulsar).await?;
+    consumer(pulsar)?.kill()?;
     let orders = orders(500);
     send(&client, &orders).await?;
-    let mut running = consumer(&pulsar)?;
+    let mut running = consumer(pulsar)?;
     for _ in 0..3 {
         running.wait_for("acknowledged", SOON)?;
     }

@@ -7,7 +7,7 @@ use compose::harness::Running;
 use compose::{Broker, Service};
 
 use crate::support::{
-    SOON, backlog, client, numbers, run, send_batch, shared, start, stats, stop, topic, until,
+    SOON, backlog, client, numbers, own, run, send_batch, shared, start, stats, stop, topic, until,
 };
 
 const EXCLUSIVE: &str = env!("CARGO_BIN_EXE_pulsar_exclusive");
@@ -24,24 +24,24 @@ fn consumer(binary: &str, broker: &Broker, args: &[&str]) -> Result<Running> {
 /// A consumer is killed after the first of a hundred orders: the next gets all that had a receipt, in order.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_is_acknowledged_after_its_last_order_on_all_four() -> Result<()> {
-    let broker = Broker::private(Service::Pulsar)?;
-    let client = client(&broker).await?;
+    let client = client(shared()?).await?;
     for (binary, orders, subscription) in [
         (EXCLUSIVE, "exclusive-orders", "exclusive-worker"),
         (FAILOVER, "failover-orders", "failover-worker"),
         (SHARED, "shared-orders", "shared-worker"),
         (KEY_SHARED, "key-shared-orders", "key-shared-worker"),
     ] {
+        let (broker, _turn) = own(orders).await?;
         let orders = topic(orders);
-        let mut first = consumer(binary, &broker, &["first"])?;
+        let mut first = consumer(binary, broker, &["first"])?;
         let batch = (1..=100).map(|number| format!("order-{number}"));
         send_batch(&client, &orders, batch).await?;
         first.wait_for("order-1", SOON)?;
         first.kill()?;
         first.wait(SOON)?;
-        let mut second = consumer(binary, &broker, &["second"])?;
+        let mut second = consumer(binary, broker, &["second"])?;
         until("all are acknowledged", async || {
-            Ok(backlog(&broker, &orders, subscription).await? == 0)
+            Ok(backlog(broker, &orders, subscription).await? == 0)
         })
         .await?;
         stop(&mut second)?;
@@ -155,7 +155,7 @@ fn rest_in_order(first: &[u32], second: &[u32], end: u32) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn exclusive_refuses_a_second_and_the_next_goes_on_in_order() -> Result<()> {
-    let broker = shared()?;
+    let (broker, _turn) = own("exclusive-orders").await?;
     let mut first = consumer(EXCLUSIVE, broker, &["first"])?;
     let refused = start(EXCLUSIVE, broker, &["second"])?.wait(SOON)?;
     assert_eq!(refused.code(), 1);
@@ -183,7 +183,7 @@ async fn exclusive_refuses_a_second_and_the_next_goes_on_in_order() -> Result<()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn failover_keeps_the_order_over_a_kill_and_the_better_priority_takes_over() -> Result<()> {
-    let broker = shared()?;
+    let (broker, _turn) = own("failover-orders").await?;
     let orders = topic("failover-orders");
     let mut main = consumer(FAILOVER, broker, &["main", "0"])?;
     let mut standby = consumer(FAILOVER, broker, &["standby", "1"])?;
@@ -216,7 +216,7 @@ async fn failover_keeps_the_order_over_a_kill_and_the_better_priority_takes_over
 
 #[tokio::test(flavor = "multi_thread")]
 async fn shared_deals_out_and_what_a_killed_consumer_held_goes_to_the_other() -> Result<()> {
-    let broker = shared()?;
+    let (broker, _turn) = own("shared-orders").await?;
     let orders = topic("shared-orders");
     let mut anna = consumer(SHARED, broker, &["anna"])?;
     let mut ben = consumer(SHARED, broker, &["ben"])?;
@@ -255,7 +255,7 @@ async fn shared_deals_out_and_what_a_killed_consumer_held_goes_to_the_other() ->
 
 #[tokio::test(flavor = "multi_thread")]
 async fn key_shared_keeps_the_order_of_each_key_over_a_kill() -> Result<()> {
-    let broker = shared()?;
+    let (broker, _turn) = own("key-shared-orders").await?;
     let orders = topic("key-shared-orders");
     let mut anna = consumer(KEY_SHARED, broker, &["anna"])?;
     let mut ben = consumer(KEY_SHARED, broker, &["ben"])?;

@@ -1,10 +1,13 @@
 //! What the tests share: one broker for all that do not break it, a client, and the broker's own view.
 
-use std::sync::OnceLock;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use compose::harness::{Example, Running};
+use compose::harness::transcript::Transcript;
+use compose::harness::{Example, Pool, Running, private_brokers};
+use compose::workspace::ExampleInfo;
 use compose::{Broker, Service};
 use futures::StreamExt;
 use pulsar::consumer::InitialPosition;
@@ -16,11 +19,61 @@ pub use compose::harness::SOON;
 
 pub type Client = Pulsar<TokioExecutor>;
 
-/// One broker per test process. Each example has topics of its own, so the tests of different examples do not meet.
+/// One broker per test process. Each example has topics of its own, so the tests of different examples do not meet. Those
+/// of one example take turns by [`own`].
 pub fn shared() -> Result<&'static Broker> {
     static BROKER: OnceLock<Result<Broker>> = OnceLock::new();
     let broker = BROKER.get_or_init(|| Broker::private(Service::Pulsar));
     broker.as_ref().map_err(|error| anyhow!("{error:#}"))
+}
+
+/// The shared broker with an empty topic, for as long as what is returned with it is kept. Those who want the same topic
+/// wait for each other.
+pub async fn own(
+    name: &'static str,
+) -> Result<(&'static Broker, tokio::sync::OwnedMutexGuard<()>)> {
+    static TURNS: LazyLock<Mutex<BTreeMap<&str, Arc<tokio::sync::Mutex<()>>>>> =
+        LazyLock::new(Mutex::default);
+    let turn = {
+        let mut turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.entry(name).or_default().clone()
+    };
+    let turn = turn.lock_owned().await;
+    let broker = shared()?;
+    let web = broker
+        .web()
+        .into_iter()
+        .next()
+        .context("no admin interface")?;
+    let url = format!("{web}/admin/v2/persistent/public/default/{name}?force=true");
+    let answer = reqwest::Client::new().delete(url).send().await?;
+    if answer.status() != reqwest::StatusCode::NOT_FOUND {
+        answer.error_for_status()?;
+    }
+    Ok((broker, turn))
+}
+
+/// The brokers for a transcript in the header of an example. Those that leave the broker alone share one, as long as no
+/// program of theirs has run on it.
+pub fn for_transcript(example: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
+    let breaks = ["kill", "restart", "pause", "resume"]
+        .iter()
+        .any(|fault| example.header.contains(&format!("cargo lab {fault} ")));
+    // The monitor shows all topics that there are.
+    if breaks || example.nodes > 1 || example.name == "pulsar_backlog_monitor" {
+        let private = private_brokers(example)?;
+        return Ok(private.into_iter().map(Arc::new).collect());
+    }
+    let transcripts = Transcript::parse(&example.header, example.header_line)?;
+    let programs: BTreeSet<&str> = transcripts.iter().flat_map(Transcript::programs).collect();
+    let programs: Vec<&str> = programs.into_iter().collect();
+    Ok(vec![pooled(&programs)?])
+}
+
+/// A broker on which none of these programs has run, nor will.
+pub fn pooled(programs: &[&str]) -> Result<Arc<Broker>> {
+    static POOL: Pool = Pool::new(Service::Pulsar);
+    POOL.lend(programs)
 }
 
 pub fn topic(name: &str) -> String {

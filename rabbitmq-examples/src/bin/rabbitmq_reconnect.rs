@@ -149,7 +149,7 @@ async fn main() -> anyhow::Result<()> {
         stop.clone(),
         publishes,
     ));
-    let consumer = tokio::spawn(consumer(
+    let mut consumer = tokio::spawn(consumer(
         addr.clone(),
         books.clone(),
         drained.clone(),
@@ -163,7 +163,12 @@ async fn main() -> anyhow::Result<()> {
             _ => "consuming",
         }
     );
-    interrupt.recv().await;
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        // These end by a panic alone, for instance when nobody reads what is printed. Unseen, the rest would go on.
+        ended = &mut publisher, if publishes => ended?,
+        ended = &mut consumer, if consumes => ended?,
+    }
     stop.cancel();
     println!("stopping: what is on its way is awaited; Ctrl-C to give up");
     let all_there = || {

@@ -92,7 +92,7 @@ async fn ordeal(
     mend(rabbitmq, 1)?;
     let place = Place::of(rabbitmq).await?;
     let mut there = BTreeSet::new();
-    while let Some(message) = place.take(QUEUE).await? {
+    for message in place.drain_messages(QUEUE).await? {
         let id = message.properties.message_id().as_ref().context("no id")?;
         there.insert(id.as_str().parse::<u64>()?);
     }

@@ -2,6 +2,7 @@
 
 mod backoff;
 mod broker_absent;
+mod closed_pipe;
 mod confirms;
 mod dead_letter;
 mod graceful_shutdown;
@@ -20,5 +21,9 @@ mod work_queue;
 
 #[test]
 fn transcripts() {
-    compose::harness::transcripts(env!("CARGO_PKG_NAME"), env!("CARGO_BIN_EXE_rabbitmq_send"));
+    compose::harness::transcripts_with(
+        env!("CARGO_PKG_NAME"),
+        env!("CARGO_BIN_EXE_rabbitmq_send"),
+        shared::for_transcript,
+    );
 }

@@ -8,7 +8,7 @@ use compose::{Broker, Service};
 use lapin::options::QueueDeclareOptions;
 use lapin::types::FieldTable;
 
-use crate::shared::{Place, SOON, settle, vhost};
+use crate::shared::{Place, SOON, vhost};
 
 const MONITOR: &str = env!("CARGO_BIN_EXE_rabbitmq_queue_monitor");
 const PITFALL: &str = env!("CARGO_BIN_EXE_rabbitmq_pitfall_missing_ack");
@@ -105,7 +105,7 @@ async fn a_queue_without_numbers_is_not_an_empty_one() -> Result<()> {
     }
     let mut before = monitor(&place, &["deep"])?;
     before.wait_for("WARNING: deep has messages and no consumer", SOON)?;
-    settle(&rabbitmq)?;
+    rabbitmq.restart(1)?;
     let mut after = monitor(&place, &["deep"])?;
     after.wait_for("deep: ready 6", SOON)?;
     after.wait_for("WARNING: deep has messages and no consumer", SOON)?;

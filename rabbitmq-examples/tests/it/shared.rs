@@ -1,17 +1,19 @@
 //! One broker for all tests that leave it alone, with a virtual host for each; and what they look at it with.
 
 use std::collections::BTreeSet;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use compose::harness::{Example, Finished, Running};
+use compose::harness::transcript::Transcript;
+use compose::harness::{Example, Finished, Pool, Running, private_brokers};
+use compose::workspace::ExampleInfo;
 use compose::{Broker, Service};
 use futures::StreamExt;
-use lapin::message::BasicGetMessage;
+use lapin::message::{BasicGetMessage, Delivery};
 use lapin::options::{
-    BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions,
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions,
     ConfirmSelectOptions, QueueDeclareOptions,
 };
 use lapin::types::FieldTable;
@@ -25,6 +27,23 @@ pub struct Place {
     pub management: String,
     connection: Connection,
     pub channel: Channel,
+}
+
+/// The brokers for a transcript in the header of an example. Those that leave the broker alone share one, as long as no
+/// program of theirs has run on it.
+pub fn for_transcript(example: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
+    static POOL: Pool = Pool::new(Service::RabbitMq);
+    let breaks = ["kill", "restart", "pause", "resume"]
+        .iter()
+        .any(|fault| example.header.contains(&format!("cargo lab {fault} ")));
+    if breaks || example.nodes > 1 {
+        let private = private_brokers(example)?;
+        return Ok(private.into_iter().map(Arc::new).collect());
+    }
+    let transcripts = Transcript::parse(&example.header, example.header_line)?;
+    let programs: BTreeSet<&str> = transcripts.iter().flat_map(Transcript::programs).collect();
+    let programs: Vec<&str> = programs.into_iter().collect();
+    Ok(vec![POOL.lend(&programs)?])
 }
 
 /// The supervisor ends it with this process: nothing is dropped in a static.
@@ -48,7 +67,7 @@ fn management(broker: &Broker) -> Result<String> {
 /// Has the broker write down what it has declared so far.
 ///
 /// It does so a moment late: a queue that is killed with its broker right after its declaration is gone, with all that was
-/// confirmed in it. An orderly stop writes everything.
+/// confirmed in it. An orderly stop writes everything. That the queue's name is in a file of the broker is not enough.
 pub fn settle(broker: &Broker) -> Result<()> {
     broker.restart(1)
 }
@@ -106,9 +125,13 @@ impl Place {
     }
 
     pub fn example(&self, program: &str) -> Example {
-        Example::new(program)
-            .env("AMQP_ADDR", &self.address)
-            .env("RABBITMQ_MANAGEMENT_URL", &self.management)
+        self.told(Example::new(program))
+    }
+
+    /// A program that is told where this place is.
+    pub fn told(&self, example: Example) -> Example {
+        let example = example.env("AMQP_ADDR", &self.address);
+        example.env("RABBITMQ_MANAGEMENT_URL", &self.management)
     }
 
     pub fn run(&self, program: &str, args: &[&str]) -> Result<Finished> {
@@ -255,10 +278,41 @@ impl Place {
 
     /// The bodies of all that is ready, taken for good.
     pub async fn drain(&self, queue: &str) -> Result<Vec<String>> {
-        let mut bodies = Vec::new();
-        while let Some(message) = self.take(queue).await? {
-            bodies.push(String::from_utf8_lossy(&message.data).into_owned());
+        let messages = self.drain_messages(queue).await?.into_iter();
+        Ok(messages
+            .map(|message| String::from_utf8_lossy(&message.data).into_owned())
+            .collect())
+    }
+
+    /// All that is ready, taken for good: as many as the broker counts, until it counts none.
+    ///
+    /// Not one by one, each with a question and an ack of its own: that takes a minute for what a test sends in ten seconds.
+    pub async fn drain_messages(&self, queue: &str) -> Result<Vec<Delivery>> {
+        let mut messages = Vec::new();
+        loop {
+            let (ready, _) = self.state(queue).await?;
+            if ready == 0 {
+                return Ok(messages);
+            }
+            let options = BasicConsumeOptions {
+                no_ack: true,
+                ..BasicConsumeOptions::default()
+            };
+            let mut deliveries = self
+                .channel
+                .basic_consume(queue.into(), "".into(), options, FieldTable::default())
+                .await?;
+            for _ in 0..ready {
+                let next = tokio::time::timeout(SOON, deliveries.next()).await;
+                let next = next.with_context(|| format!("{queue} had {ready} messages"))?;
+                messages.push(next.context("cancelled")??);
+            }
+            let cancel = BasicCancelOptions::default();
+            self.channel.basic_cancel(deliveries.tag(), cancel).await?;
+            // What came between the count and the cancel is taken, too.
+            while let Some(message) = deliveries.next().await {
+                messages.push(message?);
+            }
         }
-        Ok(bodies)
     }
 }

@@ -99,10 +99,15 @@ impl Mailbox {
             params![key, recipient, subject],
             |row| row.get(0),
         )?;
-        if accepted > 1 {
-            println!("mailbox: for {recipient:?} {id:?} again, suppressed");
-        } else if !self.quiet {
-            println!("mailbox: for {recipient} {subject:?}");
+        let line = match accepted {
+            1 if self.quiet => return Ok(()),
+            1 => format!("mailbox: for {recipient} {subject:?}"),
+            _ => format!("mailbox: for {recipient:?} {id:?} again, suppressed"),
+        };
+        // When nobody reads it, println! panics. Here that would end only this connection, and the mail would be sent
+        // again, without an end.
+        if writeln!(std::io::stdout(), "{line}").is_err() {
+            std::process::exit(1);
         }
         Ok(())
     }

@@ -14,6 +14,7 @@ use futures::StreamExt;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
+use crate::shared::chance;
 use smtp::{Fault, MailServer};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -134,7 +135,7 @@ fn reported(stdout: &str, what: &str) -> Option<u64> {
 fn every_user_gets_one_mail_though_everything_is_killed() -> Result<()> {
     const USERS: usize = 400;
     let world = World::new(&[Fault::Busy, Fault::Sequence])?;
-    let mut random = fastrand::Rng::with_seed(3);
+    let mut random = chance()?;
     let user = ["user", "--users", "400", "--rate", "60"];
     let start = |part: &str| match part {
         "user" => world.durable(&user),
@@ -346,22 +347,69 @@ fn the_mailbox_keeps_a_repeated_mail_once() -> Result<()> {
     let world = World::new(&[])?;
     let mut mailbox = world.start(&["mailbox", "--listen", "127.0.0.1:0"])?;
     let line = mailbox.wait_for("smtp://", MINUTE)?;
-    let address = line.split("smtp://").nth(1).context("address")?.to_owned();
     for _ in 0..2 {
-        let text = "Subject: Hello\r\nMessage-ID: <created-r-1@x>\r\n\r\nText";
-        let sender = lettre::SmtpTransport::builder_dangerous("127.0.0.1")
-            .port(address.rsplit(':').next().context("port")?.parse()?)
-            .build();
-        let envelope = lettre::address::Envelope::new(
-            Some("a@example.org".parse()?),
-            vec!["b@example.org".parse()?],
-        )?;
-        lettre::Transport::send_raw(&sender, &envelope, text.as_bytes())?;
+        send_mail(&line)?;
     }
     mailbox.wait_for("for b@example.org \"Hello\"", MINUTE)?;
     mailbox.wait_for("again, suppressed", MINUTE)?;
     mailbox.terminate()?;
     mailbox.wait(MINUTE)?.ok()?;
+    Ok(())
+}
+
+/// Sends the same mail to the mailbox that has printed where it is.
+fn send_mail(line: &str) -> Result<()> {
+    let text = "Subject: Hello\r\nMessage-ID: <created-r-1@x>\r\n\r\nText";
+    let port = line.rsplit(':').next().context("port")?.parse()?;
+    let sender = lettre::SmtpTransport::builder_dangerous("127.0.0.1")
+        .port(port)
+        .build();
+    let envelope = lettre::address::Envelope::new(
+        Some("a@example.org".parse()?),
+        vec!["b@example.org".parse()?],
+    )?;
+    lettre::Transport::send_raw(&sender, &envelope, text.as_bytes())?;
+    Ok(())
+}
+
+/// `event_bus … | head -1`: at the latest with its next line. Those that print on a thread of their own, too.
+#[test]
+fn every_part_ends_when_nobody_reads_what_it_prints() -> Result<()> {
+    let world = World::new(&[])?;
+    let pipe = |args: &[&str]| {
+        let program = r#""$0" "$@" --wait 60 --state "$STATE" | head -1"#;
+        Example::new("/bin/sh")
+            .args(["-c", program, env!("CARGO_BIN_EXE_event_bus")])
+            .args(args)
+            .env("STATE", world.state.path())
+            .env("SMTP_URL", &world.mail.url)
+            .broker(&world.nats)
+            .spawn()
+    };
+    let mut mailbox = pipe(&["mailbox", "--listen", "127.0.0.1:0"])?;
+    let line = mailbox.wait_for("smtp://", MINUTE)?;
+    let mut running = vec![("mailbox", mailbox)];
+    for part in ["email", "notification", "audit"] {
+        running.push((part, pipe(&[part, "--durable"])?));
+    }
+    let deadline = Instant::now() + MINUTE;
+    while !running.is_empty() {
+        // Refused as soon as the mailbox has ended.
+        let _ = send_mail(&line);
+        world.durable(&["user", "--users", "1"])?.wait(MINUTE)?;
+        let mut left = Vec::new();
+        for (part, mut pipe) in running {
+            if pipe.try_wait()?.is_none() {
+                left.push((part, pipe));
+                continue;
+            }
+            let ended = pipe.wait(MINUTE)?;
+            assert_eq!(ended.stdout.lines().count(), 1, "{part}: {ended:?}");
+        }
+        running = left;
+        let names: Vec<_> = running.iter().map(|(part, _)| *part).collect();
+        ensure!(Instant::now() < deadline, "still running: {names:?}");
+    }
     Ok(())
 }
 

@@ -11,13 +11,15 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
 use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
 
+use crate::shared::kafka;
+
 use super::http::{Fault, Proxy};
 use super::{ALONE, MINUTE, await_count, count, dead_letters, find, get, header, program, store};
 
 #[test]
 fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
     let _shared = ALONE.read();
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = kafka(&["faults"])?;
     let index = "faults";
     program(
         &kafka,
@@ -60,14 +62,14 @@ fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
         .chain(odd.iter().map(Vec::as_slice))
     {
         vandal
-            .send(BaseRecord::to("logs").key("vandal").payload(payload))
+            .send(BaseRecord::to(index).key("vandal").payload(payload))
             .map_err(|(error, _)| error)?;
     }
     vandal.flush(MINUTE)?;
     // The client panics at such a header.
     let named = format!(r#"{{{time},"level":{{"deep":2}}}}"#);
     let headers: [(&[u8], &[u8]); 1] = [(b"\xff\xfe", b"x")];
-    produce_kafka_record(&kafka, "logs", Some(b"k"), &headers, named.as_bytes())?;
+    produce_kafka_record(&kafka, index, Some(b"k"), &headers, named.as_bytes())?;
 
     let faults = [
         Fault::Status(429),
@@ -116,7 +118,7 @@ fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
     let day = hit["_source"]["timestamp"].as_str().context("timestamp")?[..10].replace('-', ".");
     assert_eq!(hit["_index"], format!("{index}-{day}"));
 
-    let dead = dead_letters(&kafka.address())?;
+    let dead = dead_letters(&kafka.address(), index)?;
     let mut payloads: Vec<_> = dead
         .iter()
         .map(|letter| String::from_utf8_lossy(letter.payload().unwrap_or_default()).into_owned())
@@ -138,7 +140,7 @@ fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
 #[test]
 fn what_kafka_does_not_take_ends_with_a_readable_error() -> Result<()> {
     let _shared = ALONE.read();
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = kafka(&["small"])?;
     let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .create()?;
@@ -149,7 +151,7 @@ fn what_kafka_does_not_take_ends_with_a_readable_error() -> Result<()> {
     let noise: String = std::iter::repeat_with(fastrand::alphanumeric)
         .take(10_000)
         .collect();
-    let args = ["ingest", "-", "--topic", "small", "--produce-only"];
+    let args = ["ingest", "-", "--produce-only"];
     let ended = program(&kafka, &store()?.address(), "small", &args)
         .stdin(noise)
         .spawn()?
@@ -167,7 +169,7 @@ fn what_kafka_does_not_take_ends_with_a_readable_error() -> Result<()> {
 #[test]
 fn ctrl_c_does_not_wait_for_a_store_that_takes_nothing() -> Result<()> {
     let _shared = ALONE.read();
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = kafka(&["patience"])?;
     let proxy = Proxy::start(&store()?.address(), &[Fault::Status(503); 1000])?;
     let run = |store: &str| {
         let args = ["--entries", "700", "--instance", "one"];
@@ -191,7 +193,7 @@ fn ctrl_c_does_not_wait_for_a_store_that_takes_nothing() -> Result<()> {
 #[test]
 fn the_bench_leaves_nothing_behind() -> Result<()> {
     let _shared = ALONE.read();
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = kafka(&["bench"])?;
     let bench = |entries: &str, rounds: &str| {
         let args = ["bench", "--entries", entries, "--rounds", rounds];
         program(&kafka, &store()?.address(), "bench", &args).spawn()
@@ -236,7 +238,7 @@ const PIPE: [&str; 8] = [
 #[test]
 fn a_few_entries_are_stored_after_a_second() -> Result<()> {
     let _shared = ALONE.read();
-    let kafka = Broker::private(Service::Kafka)?;
+    let kafka = kafka(&["faults-few", "log_aggregation"])?;
     // Its indices begin like those of another test, and must not be taken for them.
     let index = "faults-few";
     let store = store()?.address();

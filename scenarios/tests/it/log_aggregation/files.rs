@@ -3,16 +3,16 @@
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 
+use crate::shared::kafka;
 use anyhow::Result;
-use compose::{Broker, Service};
 
 use super::{ALONE, MINUTE, await_count, count, find, path, program, store};
 
 #[test]
 fn a_file_is_followed_over_rotation_truncation_and_a_kill() -> Result<()> {
     let _shared = ALONE.read();
-    let kafka = Broker::private(Service::Kafka)?;
     let index = "files";
+    let kafka = kafka(&[index])?;
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("app.log");
     let append = |text: &str| -> Result<()> {
@@ -107,8 +107,8 @@ fn a_file_is_followed_over_rotation_truncation_and_a_kill() -> Result<()> {
 #[test]
 fn whatever_fields_a_json_line_has_it_is_a_document() -> Result<()> {
     let _shared = ALONE.read();
-    let kafka = Broker::private(Service::Kafka)?;
     let index = "fields";
+    let kafka = kafka(&[index])?;
     let time = r#""@timestamp":"2026-01-02T03:04:05Z""#;
     let lines = [
         format!(

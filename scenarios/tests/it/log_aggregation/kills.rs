@@ -12,6 +12,8 @@ use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use serde_json::json;
 
+use crate::shared::chance;
+
 use super::{ALONE, MINUTE, count, find, path, program, store};
 
 const LINES: usize = 12_000;
@@ -37,7 +39,7 @@ fn line(number: usize, random: &mut fastrand::Rng) -> Vec<u8> {
 #[test]
 fn every_line_is_one_document_whatever_is_killed() -> Result<()> {
     let _alone = ALONE.write();
-    let mut random = fastrand::Rng::with_seed(5);
+    let mut random = chance()?;
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("odd.log");
     let mut lines: Vec<Vec<u8>> = (0..LINES).map(|number| line(number, &mut random)).collect();
@@ -199,7 +201,7 @@ impl Topic {
 
     /// How many records are committed, and ends of transactions, which are few; 0 if there is no topic yet.
     fn committed(&self) -> u64 {
-        let end = |partition| self.0.fetch_watermarks("logs", partition, MINUTE);
+        let end = |partition| self.0.fetch_watermarks("kills", partition, MINUTE);
         (0..6)
             .filter_map(|partition| end(partition).ok())
             .map(|(_, end)| end.unsigned_abs())

@@ -33,11 +33,17 @@ fn store() -> Result<&'static Broker> {
         .map_err(|error| anyhow::anyhow!("{error}"))
 }
 
-/// The program, with its indices named `index-…`.
+/// The program, with its indices named `index-…`, and its topics likewise.
 fn program(kafka: &Broker, store: &str, index: &str, args: &[&str]) -> Example {
+    // A search does not look at Kafka.
+    let topic: &[&str] = match args.first() {
+        Some(&"search") => &[],
+        _ => &["--topic", index],
+    };
     Example::new(env!("CARGO_BIN_EXE_log_aggregation"))
         .args(args)
         .args(["--index", index, "--wait", "60"])
+        .args(topic)
         .broker(kafka)
         .env("ELASTICSEARCH_URL", store)
 }
@@ -84,7 +90,7 @@ fn find(index: &str, query: &str) -> Result<Vec<Value>> {
 }
 
 /// All that a `read_committed` consumer finds on the dead-letter topic, which has one partition.
-fn dead_letters(brokers: &str) -> Result<Vec<OwnedMessage>> {
+fn dead_letters(brokers: &str, topic: &str) -> Result<Vec<OwnedMessage>> {
     let reader: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("group.id", "independent-reader")
@@ -92,7 +98,7 @@ fn dead_letters(brokers: &str) -> Result<Vec<OwnedMessage>> {
         .set("enable.partition.eof", "true")
         .create()?;
     let mut start = TopicPartitionList::new();
-    start.add_partition_offset("logs.dlq", 0, Offset::Beginning)?;
+    start.add_partition_offset(&format!("{topic}.dlq"), 0, Offset::Beginning)?;
     reader.assign(&start)?;
     let mut letters = Vec::new();
     loop {

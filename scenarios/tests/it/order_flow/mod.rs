@@ -50,10 +50,14 @@ static LARGE: [u8; 1_048_450] = [b'x'; 1_048_450];
 
 #[test]
 fn without_a_broker_there_is_one_readable_error() -> Result<()> {
-    for (service, _, program) in SERVICES {
-        broker_absent(service, &[program])?;
-    }
-    Ok(())
+    thread::scope(|threads| {
+        let ended = SERVICES
+            .map(|(service, _, program)| threads.spawn(move || broker_absent(service, &[program])));
+        ended.into_iter().try_for_each(|one| {
+            one.join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    })
 }
 
 /// The table in the book is the one that this test makes. `ORDER_FLOW_TABLE=write` puts it there.
@@ -137,6 +141,7 @@ struct Column {
 fn column(service: Service, program: &str) -> Result<Column> {
     let begun = Instant::now();
     let broker = Broker::private(service)?;
+    ends_with_a_closed_pipe(&broker, program)?;
     let careless = Drive::new(&broker, program, false)?
         .run()
         .context("without idempotency")?;
@@ -179,10 +184,26 @@ fn column(service: Service, program: &str) -> Result<Column> {
         careful.overtaken_by_retry
     );
     assert_eq!(careful.waiting, waiting, "{service}");
-    Ok(Column {
-        careless,
-        careful,
-    })
+    Ok(Column { careless, careful })
+}
+
+/// `order_flow_… | head -1`, with all stages in one process and with one alone: at the latest with the next line.
+fn ends_with_a_closed_pipe(broker: &Broker, program: &str) -> Result<()> {
+    let data = tempfile::tempdir()?;
+    for stage in ["", "place"] {
+        let pipe = Example::new("/bin/sh")
+            .args([
+                "-c",
+                r#""$0" $STAGE --data "$DATA" --orders 100000 | head -1"#,
+            ])
+            .args([program])
+            .env("STAGE", stage)
+            .env("DATA", data.path().join(format!("data{stage}")));
+        let ended = pipe.broker(broker).spawn()?.wait(SOON)?;
+        ensure!(ended.stdout.lines().count() == 1, "{ended:?}");
+        ensure!(ended.stderr.contains("Broken pipe"), "{ended:?}");
+    }
+    Ok(())
 }
 
 fn table(columns: &[Column]) -> String {

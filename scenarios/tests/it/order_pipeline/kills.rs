@@ -13,6 +13,7 @@ use rdkafka::{Offset, TopicPartitionList};
 
 use super::checker::{Event, check};
 use super::{DEAD_LETTERS, MINUTE, TOPIC, books, books_file, committed, program, reported};
+use crate::shared::chance;
 
 const ORDERS: usize = 6000;
 const KILLS: usize = 20;
@@ -46,13 +47,9 @@ impl Pipeline<'_> {
     }
 }
 
-/// Other seeds kill others at other times: `ORDER_PIPELINE_SEED=7 cargo test -p scenarios kills`.
 #[test]
 fn survives_kills_of_every_part_and_of_kafka() -> Result<()> {
-    let seed = std::env::var("ORDER_PIPELINE_SEED")
-        .ok()
-        .and_then(|seed| seed.parse().ok());
-    let mut random = fastrand::Rng::with_seed(seed.unwrap_or(1));
+    let mut random = chance()?;
     let kafka = Broker::private(Service::Kafka)?;
     let state = tempfile::tempdir()?;
     let mut pipeline = Pipeline {
@@ -114,7 +111,7 @@ fn survives_kills_of_every_part_and_of_kafka() -> Result<()> {
     let audit = program(&state, &pipeline.brokers, &["audit"])
         .spawn()?
         .wait(2 * MINUTE)?;
-    eprintln!("seed {seed:?}, {kills:?}\n{}", audit.stdout);
+    eprintln!("{kills:?}\n{}", audit.stdout);
     for part in STAGES {
         pipeline.part(part)?.terminate()?;
         pipeline.part(part)?.wait(MINUTE)?.ok()?;
