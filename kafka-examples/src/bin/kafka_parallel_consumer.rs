@@ -24,7 +24,8 @@
 //! this is the price of order, for one busy key holds up the others. In a rebalance, what waits in the queues is left to
 //! the next owner, and what is in work is finished and committed first.
 //!
-//! Try: LANES=1 against LANES=16 with `send 2000`. kill -9 it in the middle, start it again, and look for a gap.
+//! Try: LANES=1 against LANES=16 with `send 2000`. `cargo lab kill kafka_parallel_consumer` in the middle, start it
+//! again, and look for a gap.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092); LANES (8); the arguments `send N` write orders.
 //! See also: kafka_rebalance, kafka_pitfall_ordering, kafka_pitfall_auto_commit.
