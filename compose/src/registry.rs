@@ -1,8 +1,8 @@
-//! Which brokers run under `cargo lab`, who owns each, and how to ask the owner for something.
+//! Which brokers and examples run under `cargo lab`, who owns each, and how to ask the owner for something.
 //!
 //! The owner holds a lock on a file for as long as it lives, so a crash cannot leave a claim behind; what it writes beside
 //! the lock is believed only while the lock is held. Orders go to the owner over a Unix socket: only it can start its
-//! broker again.
+//! broker again, and only it knows for sure that a process id is still that of its child.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, Write};
@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::home::Home;
@@ -51,15 +52,34 @@ pub struct EntryNode {
     pub log: PathBuf,
 }
 
-/// An order to the owner of a broker.
+/// An example that a `lab run` has started, in the words of that `lab run`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// The example.
+    pub name: String,
+    /// From 1, in the order of their starts, for those of the same example that run at the same time.
+    pub number: u16,
+    /// What it was started with.
+    pub args: Vec<String>,
+    /// The example's process.
+    pub pid: u32,
+    /// `running` or `paused`.
+    pub state: String,
+    /// The process id of the `lab run`.
+    pub owner: u32,
+    /// Where the owner takes orders.
+    pub socket: PathBuf,
+}
+
+/// An order to the owner of a broker or of an example.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verb {
-    /// SIGKILL a node.
+    /// SIGKILL a node or an example.
     Kill,
-    /// SIGSTOP a node.
+    /// SIGSTOP a node or an example.
     Pause,
-    /// SIGCONT a node.
+    /// SIGCONT a node or an example.
     Resume,
     /// Start a node again on its storage.
     Restart,
@@ -72,18 +92,81 @@ pub enum Verb {
 pub struct Order {
     /// What to do.
     pub verb: Verb,
-    /// With which service, by name.
+    /// With which service or example, by name.
     pub service: String,
-    /// With which node.
+    /// With which node, or which run of the example.
     pub node: u16,
 }
+
+/// A lock that is held, and beside it the file that is believed for as long as it is. Held until dropped.
+#[derive(Debug)]
+struct Slot {
+    entry: PathBuf,
+    _lock: File,
+}
+
+impl Slot {
+    /// `None` if another process holds it.
+    fn acquire(folder: &Path, name: &str) -> Result<Option<Slot>> {
+        let lock = open_lock(&folder.join(format!("{name}.lock")))?;
+        // Others take the lock for a moment to see whether it is held.
+        let deadline = Instant::now() + Duration::from_millis(300);
+        while matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) && Instant::now() < deadline
+        {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        match lock.try_lock() {
+            Ok(()) => {
+                let entry = folder.join(format!("{name}.json"));
+                // Left by an owner that was killed.
+                let _ = fs::remove_file(&entry);
+                Ok(Some(Slot { entry, _lock: lock }))
+            }
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error).context(LOCK_TROUBLE),
+        }
+    }
+
+    /// Readers see the old text or the new one, never half of it.
+    fn publish(&self, entry: &impl Serialize) -> Result<()> {
+        let new = self.entry.with_extension("new");
+        fs::write(&new, serde_json::to_vec_pretty(entry)?)
+            .and_then(|()| fs::rename(&new, &self.entry))
+            .with_context(|| format!("cannot write {}", self.entry.display()))
+    }
+
+    /// What the holder has published. Right after it took the lock it may not have: that counts as none.
+    fn read<T: DeserializeOwned>(folder: &Path, name: &str) -> Result<Option<T>> {
+        if !Slot::is_held(folder, name)? {
+            return Ok(None);
+        }
+        match fs::read(folder.join(format!("{name}.json"))) {
+            Ok(text) => Ok(Some(serde_json::from_slice(&text).with_context(|| {
+                format!("{name}.json in {} is damaged", folder.display())
+            })?)),
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn is_held(folder: &Path, name: &str) -> Result<bool> {
+        let lock = open_lock(&folder.join(format!("{name}.lock")))?;
+        Ok(lock.try_lock_shared().is_err())
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.entry);
+    }
+}
+
+const LOCK_TROUBLE: &str = "cannot lock the registry of what runs";
 
 /// The right to run a service under this `LAB_HOME`, held until dropped.
 #[derive(Debug)]
 pub struct Lease {
-    entry: PathBuf,
+    slot: Slot,
     users: PathBuf,
-    _lock: File,
 }
 
 impl Lease {
@@ -93,40 +176,24 @@ impl Lease {
     /// The folder cannot be written.
     pub fn acquire(home: &Home, service: Service) -> Result<Option<Lease>> {
         let folder = run_folder(home)?;
-        let lock = open_lock(&folder.join(format!("{service}.lock")))?;
-        // Others take the lock for a moment to see whether it is held.
-        let deadline = Instant::now() + Duration::from_millis(300);
-        while matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) && Instant::now() < deadline
-        {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        match lock.try_lock() {
-            Ok(()) => {
-                let entry = folder.join(format!("{service}.json"));
-                // Left by an owner that was killed.
-                let _ = fs::remove_file(&entry);
-                Ok(Some(Lease {
-                    entry,
-                    users: folder.join(format!("{service}.users")),
-                    _lock: lock,
-                }))
-            }
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(error)) => {
-                Err(error).context("cannot lock the registry of brokers")
-            }
-        }
+        let slot = Slot::acquire(&folder, service.name())?;
+        Ok(slot.map(|slot| Lease {
+            slot,
+            users: folder.join(format!("{service}.users")),
+        }))
     }
 
-    /// Says to all what runs. Readers see the old text or the new one, never half of it.
+    /// Says to all what runs.
     ///
     /// # Errors
     /// The folder cannot be written.
     pub fn publish(&self, entry: &Entry) -> Result<()> {
-        let new = self.entry.with_extension("new");
-        fs::write(&new, serde_json::to_vec_pretty(entry)?)
-            .and_then(|()| fs::rename(&new, &self.entry))
-            .with_context(|| format!("cannot write {}", self.entry.display()))
+        self.slot.publish(entry)
+    }
+
+    /// The file that says to all what runs.
+    pub fn file(&self) -> &Path {
+        &self.slot.entry
     }
 
     /// Whether another process has said, with [`Use`], that it depends on this broker.
@@ -137,17 +204,88 @@ impl Lease {
         match open_lock(&self.users)?.try_lock() {
             Ok(()) => Ok(false),
             Err(TryLockError::WouldBlock) => Ok(true),
-            Err(TryLockError::Error(error)) => {
-                Err(error).context("cannot lock the registry of brokers")
-            }
+            Err(TryLockError::Error(error)) => Err(error).context(LOCK_TROUBLE),
         }
     }
 }
 
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.entry);
+/// The place of a running example among the runs of the same example. It is free again when this is dropped.
+#[derive(Debug)]
+pub struct RunLease {
+    slot: Slot,
+    number: u16,
+}
+
+impl RunLease {
+    /// Takes the number after the highest one that is in use: the numbers tell who started first, and none changes while
+    /// its example runs.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn acquire(home: &Home, name: &str) -> Result<RunLease> {
+        let folder = run_folder(home)?;
+        let mut number = 1;
+        for (other, used) in numbers(&folder)? {
+            if other == name && used >= number && Slot::is_held(&folder, &slot_name(name, used))? {
+                number = used + 1;
+            }
+        }
+        loop {
+            // Another one may be faster by a moment.
+            if let Some(slot) = Slot::acquire(&folder, &slot_name(name, number))? {
+                return Ok(RunLease { slot, number });
+            }
+            number += 1;
+        }
     }
+
+    /// Which of the runs of the same example this is.
+    pub fn number(&self) -> u16 {
+        self.number
+    }
+
+    /// Says to all what runs.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn publish(&self, run: &Run) -> Result<()> {
+        self.slot.publish(run)
+    }
+
+    /// The file that says to all what runs.
+    pub fn file(&self) -> &Path {
+        &self.slot.entry
+    }
+}
+
+/// The examples that run now, by name and number.
+///
+/// # Errors
+/// The folder cannot be read or written.
+pub fn runs(home: &Home) -> Result<Vec<Run>> {
+    let folder = run_folder(home)?;
+    let mut runs = Vec::new();
+    for (name, number) in numbers(&folder)? {
+        runs.extend(Slot::read::<Run>(&folder, &slot_name(&name, number))?);
+    }
+    runs.sort_by(|a, b| (&a.name, a.number).cmp(&(&b.name, b.number)));
+    Ok(runs)
+}
+
+fn slot_name(example: &str, number: u16) -> String {
+    format!("{example}.{number}")
+}
+
+/// The runs, of now and of before, that have left a file: `kafka_admin.2.lock` is the second of `kafka_admin`.
+fn numbers(folder: &Path) -> Result<Vec<(String, u16)>> {
+    let files =
+        fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    let parse = |file: fs::DirEntry| {
+        let file = file.file_name().into_string().ok()?;
+        let (name, number) = file.strip_suffix(".lock")?.rsplit_once('.')?;
+        Some((name.to_owned(), number.parse().ok()?))
+    };
+    Ok(files.flatten().filter_map(parse).collect())
 }
 
 /// Says that this process depends on a broker that another one owns. While it is held, a `lab run` that owns the broker
@@ -164,8 +302,7 @@ impl Use {
     /// The folder cannot be written.
     pub fn of(home: &Home, service: Service) -> Result<Use> {
         let lock = open_lock(&run_folder(home)?.join(format!("{service}.users")))?;
-        lock.lock_shared()
-            .context("cannot lock the registry of brokers")?;
+        lock.lock_shared().context(LOCK_TROUBLE)?;
         Ok(Use { _lock: lock })
     }
 }
@@ -176,17 +313,7 @@ impl Use {
 /// # Errors
 /// The folder cannot be written, or the entry cannot be read.
 pub fn find(home: &Home, service: Service) -> Result<Option<Entry>> {
-    let folder = run_folder(home)?;
-    let lock = open_lock(&folder.join(format!("{service}.lock")))?;
-    if lock.try_lock_shared().is_ok() {
-        return Ok(None);
-    }
-    match fs::read(folder.join(format!("{service}.json"))) {
-        Ok(text) => Ok(Some(
-            serde_json::from_slice(&text).context("the registry of brokers is damaged")?,
-        )),
-        Err(_) => Ok(None),
-    }
+    Slot::read(&run_folder(home)?, service.name())
 }
 
 /// Whether some process owns the service, be it ready or still starting.
@@ -194,8 +321,7 @@ pub fn find(home: &Home, service: Service) -> Result<Option<Entry>> {
 /// # Errors
 /// The folder cannot be written.
 pub fn is_owned(home: &Home, service: Service) -> Result<bool> {
-    let lock = open_lock(&run_folder(home)?.join(format!("{service}.lock")))?;
-    Ok(lock.try_lock_shared().is_err())
+    Slot::is_held(&run_folder(home)?, service.name())
 }
 
 /// Waits until a service that another process is starting has been published, and returns `None` if its owner gave up.
@@ -221,13 +347,12 @@ pub fn await_entry(home: &Home, service: Service, limit: Duration) -> Result<Opt
     }
 }
 
-/// Sends the order to the owner and waits until it is carried out.
+/// Sends the order to the owner, which listens at `socket`, and waits until it is carried out.
 ///
 /// # Errors
 /// The owner does not answer, or could not do it.
-pub fn send(entry: &Entry, order: &Order) -> Result<()> {
-    let owner = entry.owner;
-    let mut stream = UnixStream::connect(&entry.socket).with_context(|| {
+pub fn send(owner: u32, socket: &Path, order: &Order) -> Result<()> {
+    let mut stream = UnixStream::connect(socket).with_context(|| {
         format!(
             "process {owner}, which runs {}, does not answer",
             order.service

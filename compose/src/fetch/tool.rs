@@ -306,7 +306,12 @@ static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// A line for the reader, on stderr, without tearing a bar apart.
 pub(super) fn say(line: &str) {
-    BARS.suspend(|| eprintln!("{line}"));
+    BARS.suspend(|| write_line(line));
+}
+
+/// Unlike `eprintln!`, it does not panic when the reader of a pipe has left.
+fn write_line(line: &str) {
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// What is shown while something is fetched: a bar on a terminal, else a line at the start and one at the end.
@@ -324,7 +329,7 @@ impl Progress {
             bar.set_prefix(label.to_owned());
             bar
         } else {
-            eprintln!("fetching {label} by {by}");
+            write_line(&format!("fetching {label} by {by}"));
             ProgressBar::hidden()
         };
         Progress {

@@ -15,11 +15,59 @@ use super::{ExampleInfo, Workspace, scan};
 const NEEDS_PROTOC: &str = "pulsar";
 const BRINGS_PROTOC: &str = "protoc-bin-vendored";
 
-const PROTOC_CONFIG: &str = r#"[env]
-# The build script of `pulsar` needs protoc. This finds the system's, or the one in cargo's folder that the dependency
+/// As in the workspace's own configuration.
+const CONFIG: &str = r#"[env]
+# An error an example ends with is for its user: one readable chain of causes. A panic still shows its backtrace.
+RUST_LIB_BACKTRACE = "0"
+"#;
+
+const PROTOC_CONFIG: &str = r#"# The build script of `pulsar` needs protoc. This finds the system's, or the one in cargo's folder that the dependency
 # `protoc-bin-vendored` brought. A PROTOC of your own wins. On Windows, install protoc and set PROTOC to it.
 PROTOC = { value = ".cargo/protoc", relative = true }
 "#;
+
+/// A constant that names something of the example's own, such as a topic or a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Constant {
+    /// Its file, as seen from the `src` of the copy.
+    pub file: PathBuf,
+    /// Its line there, from 1.
+    pub line: usize,
+    /// The line itself.
+    pub text: String,
+}
+
+impl ExampleInfo {
+    /// What to change first in a copy: the constants at the top level whose value is a name, those of `main.rs` first.
+    ///
+    /// # Errors
+    /// A file of the example cannot be read.
+    pub fn names(&self) -> Result<Vec<Constant>> {
+        let mut constants = Vec::new();
+        for (file, text) in sources(self)? {
+            let lines = text.lines().enumerate().filter(|(_, line)| is_name(line));
+            constants.extend(lines.map(|(index, line)| Constant {
+                file: file.clone(),
+                line: index + 1,
+                text: line.to_owned(),
+            }));
+        }
+        constants.sort_by_key(|constant| constant.file != Path::new("main.rs"));
+        Ok(constants)
+    }
+}
+
+/// `const TOPIC: &str = "orders";`, but not one whose value is a number, a sentence, or a statement of SQL.
+fn is_name(line: &str) -> bool {
+    let line = line.strip_prefix("pub ").unwrap_or(line);
+    let value = line
+        .strip_prefix("const ")
+        .and_then(|rest| rest.split_once(": &str = \""))
+        .and_then(|(_, rest)| rest.strip_suffix("\";"));
+    value.is_some_and(|value| {
+        !value.contains(char::is_whitespace) && value.contains(char::is_alphabetic)
+    })
+}
 
 impl Workspace {
     /// Writes a stand-alone Cargo project into `path`: the example as `src/main.rs`, word for word, and the crates
@@ -58,10 +106,12 @@ impl Workspace {
         for (file, text) in &sources {
             write(&path.join("src").join(file), text)?;
         }
+        let protoc = if needs_protoc { PROTOC_CONFIG } else { "" };
+        let settings = path.join(".cargo");
+        write(&settings.join("config.toml"), &format!("{CONFIG}{protoc}"))?;
         if needs_protoc {
             let script = self.root.join("compose").join("protoc");
-            let copy = path.join(".cargo").join("protoc");
-            write(&path.join(".cargo").join("config.toml"), PROTOC_CONFIG)?;
+            let copy = settings.join("protoc");
             // Unlike reading and writing, this keeps it executable.
             fs::copy(&script, &copy).with_context(|| {
                 format!("cannot copy {} to {}", script.display(), copy.display())
@@ -304,7 +354,19 @@ mod tests {
         let fixture = Fixture::new();
         let copy = fixture.folder.path().join("new").join("copy");
         fixture.workspace.new_project("nats_a", &copy).unwrap();
-        assert_eq!(files(&copy), [".gitignore", "Cargo.toml", "src/main.rs"]);
+        assert_eq!(
+            files(&copy),
+            [
+                ".cargo/config.toml",
+                ".gitignore",
+                "Cargo.toml",
+                "src/main.rs"
+            ]
+        );
+        assert_eq!(
+            fs::read_to_string(copy.join(".cargo/config.toml")).unwrap(),
+            CONFIG
+        );
         assert_eq!(
             fs::read_to_string(copy.join("src/main.rs")).unwrap(),
             fixture.read("nats-examples/src/bin/nats_a.rs")
@@ -357,6 +419,23 @@ pulsar = { version = "6.9", default-features = false, features = ["tokio-rustls-
 
 "#;
         assert!(manifest.contains(dependencies), "{manifest}");
+    }
+
+    #[test]
+    fn names_are_told_from_other_constants() {
+        for (line, name) in [
+            (r#"const TOPIC: &str = "orders";"#, true),
+            (r#"pub const SUBJECT: &str = "orders.>";"#, true),
+            (r#"const USAGE: &str = "one of these";"#, false),
+            (r#"const LARGEST: &str = "10485760";"#, false),
+            (r#"const NONE: &str = "";"#, false),
+            ("const TABLES: &str = \"", false),
+            ("const PARTITIONS: i32 = 3;", false),
+            (r#"    const INNER: &str = "inner";"#, false),
+            (r#"// const OLD: &str = "old";"#, false),
+        ] {
+            assert_eq!(is_name(line), name, "{line}");
+        }
     }
 
     #[test]

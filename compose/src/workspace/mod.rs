@@ -28,7 +28,9 @@ mod copy;
 mod index;
 mod scan;
 
-use std::collections::BTreeMap;
+pub use copy::Constant;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -254,6 +256,27 @@ impl ExampleInfo {
             header_line,
         })
     }
+
+    /// The header, and the file in which it stands, relative to the workspace if it is there.
+    pub fn description(&self, workspace: &Path) -> String {
+        let source = self.source.strip_prefix(workspace).unwrap_or(&self.source);
+        format!("{}\n{}\n", self.header, source.display())
+    }
+
+    /// Whether the program understands `--help` by itself. That is so if its main file uses clap: what parses arguments
+    /// by hand has its header for that.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is no valid Rust.
+    pub fn parses_arguments(&self) -> Result<bool> {
+        let path = self.source.display();
+        let text =
+            fs::read_to_string(&self.source).with_context(|| format!("cannot read {path}"))?;
+        let mut used = BTreeSet::new();
+        scan::crates_used(&text, &["clap"], &mut used)
+            .with_context(|| format!("cannot scan {path}"))?;
+        Ok(!used.is_empty())
+    }
 }
 
 /// The first block of `//!` lines and the line on which it starts.
@@ -286,7 +309,7 @@ fn heading(package: &str) -> String {
 }
 
 /// At most four of `names` that someone who wrote `wanted` may have meant, best first.
-fn nearest<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+pub fn nearest<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let wanted = wanted.to_lowercase().replace('-', "_");
     let mut scored: Vec<(f64, &str)> = names
         .map(|name| {

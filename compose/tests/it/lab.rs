@@ -3,17 +3,20 @@
 // Clippy's leave for tests does not reach the functions that tests call.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use compose::harness::handles;
 use compose::home::Home;
 use compose::ports;
+use compose::workspace::Workspace;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -56,6 +59,13 @@ impl Lab {
         command
     }
 
+    /// `lab run`, without a build.
+    fn example(&self, name: &str) -> Command {
+        let mut command = self.command(&["run", name]);
+        command.env("CARGO", BUILT.program());
+        command
+    }
+
     fn run(&self, arguments: &[&str]) -> Output {
         self.command(arguments).output().unwrap()
     }
@@ -89,6 +99,108 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         let _ = self.run(&["down"]);
+    }
+}
+
+/// A `lab` that runs beside the test, out of reach of a terminal's Ctrl-C. What it says on standard error is collected.
+struct Running {
+    child: Child,
+    said: Arc<Mutex<String>>,
+}
+
+impl Running {
+    fn start(command: &mut Command) -> Running {
+        let mut child = command
+            .process_group(0)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let said = Arc::new(Mutex::new(String::new()));
+        let (lines, collected) = (child.stderr.take().unwrap(), Arc::clone(&said));
+        std::thread::spawn(move || {
+            for line in BufReader::new(lines).lines().map_while(Result::ok) {
+                let mut collected = collected.lock().unwrap();
+                collected.push_str(&line);
+                collected.push('\n');
+            }
+        });
+        Running { child, said }
+    }
+
+    fn said(&self) -> String {
+        self.said.lock().unwrap().clone()
+    }
+
+    fn await_line(&mut self, line: &str) {
+        eventually(&format!("lab says '{line}'"), || {
+            let said = self.said();
+            let ended = self.child.try_wait().unwrap();
+            assert!(said.contains(line) || ended.is_none(), "{ended:?}\n{said}");
+            said.contains(line)
+        });
+    }
+
+    fn interrupt(&self) {
+        let lab = Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        kill(lab, Signal::SIGINT).unwrap();
+    }
+
+    #[track_caller]
+    fn ends_with(self, code: i32) -> String {
+        let said = self.said;
+        let status = wait_for_end(self.child);
+        let said = said.lock().unwrap().clone();
+        assert_eq!(status.code(), Some(code), "{said}");
+        assert!(!said.contains("panicked"), "{said}");
+        said
+    }
+}
+
+/// A folder with a program of the test's own, which writes its process id beside itself.
+struct Stub {
+    folder: TempDir,
+    name: String,
+}
+
+impl Stub {
+    fn new(name: &str, script: &str) -> Stub {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        let pid = folder.path().join("pid");
+        let new = folder.path().join("pid.new");
+        // Renamed, so that it is never seen half written.
+        let note = format!(
+            "echo $$ >'{0}' && mv '{0}' '{1}'",
+            new.display(),
+            pid.display()
+        );
+        fs::write(&path, format!("#!/bin/sh\n{note}\n{script}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        Stub {
+            folder,
+            name: name.to_owned(),
+        }
+    }
+
+    fn program(&self) -> PathBuf {
+        self.folder.path().join(&self.name)
+    }
+
+    /// In front of all others.
+    fn path(&self) -> std::ffi::OsString {
+        let mut folders = vec![self.folder.path().to_owned()];
+        folders.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap()));
+        std::env::join_paths(folders).unwrap()
+    }
+
+    fn await_pid(&self) -> i32 {
+        let mut pid = None;
+        eventually("the stub runs", || {
+            let text = fs::read_to_string(self.folder.path().join("pid"));
+            pid = text.ok().and_then(|text| text.trim().parse().ok());
+            pid.is_some()
+        });
+        pid.unwrap()
     }
 }
 
@@ -189,6 +301,391 @@ fn a_detached_broker_obeys_until_it_is_taken_down() {
     assert!(lab.fails(&["down", "nats"]).contains("no nats runs here"));
 }
 
+/// A cargo that answers the builds of these examples with these programs, and asks the real one for everything else.
+fn cargo_that_builds(programs: &[(&str, &Path)]) -> Stub {
+    let mut answers = String::new();
+    for (name, program) in programs {
+        let artifact = serde_json::json!({
+            "reason": "compiler-artifact",
+            "package_id": "path+file:///stub#0.1.0",
+            "target": {
+                "name": name, "kind": ["bin"], "crate_types": ["bin"], "src_path": "/stub.rs", "edition": "2024",
+            },
+            "profile": {
+                "opt_level": "0", "debug_assertions": true, "overflow_checks": true, "test": false,
+            },
+            "features": [],
+            "filenames": [],
+            "executable": program,
+            "fresh": true,
+        });
+        answers += &format!("*' --bin {name} '*) echo '{artifact}';;\n");
+    }
+    let real = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    let script = format!("case \"$* \" in\n{answers}*) exec '{real}' \"$@\";;\nesac");
+    Stub::new("cargo", &script)
+}
+
+/// Real examples, built once: cargo runs one build at a time, and tests of `lab` have nothing to learn from waiting.
+static BUILT: LazyLock<Stub> = LazyLock::new(|| {
+    let workspace = Workspace::load().unwrap();
+    let names = [
+        "nats_publish",
+        "nats_subscribe",
+        "kafka_async_producer",
+        "kafka_mock_cluster",
+    ];
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .args(["build", "--workspace"])
+        .args(names.iter().flat_map(|name| ["--bin", name]))
+        .current_dir(workspace.root());
+    // What cargo has told this test about its own package would have build scripts run again.
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("CARGO_PKG_")
+            || name.to_string_lossy().starts_with("CARGO_MANIFEST_")
+        {
+            cargo.env_remove(name);
+        }
+    }
+    assert!(cargo.status().unwrap().success());
+    let folder = workspace.target_directory().join("debug");
+    let programs = names.map(|name| folder.join(name));
+    let pairs: Vec<_> = names
+        .iter()
+        .copied()
+        .zip(programs.iter().map(PathBuf::as_path))
+        .collect();
+    cargo_that_builds(&pairs)
+});
+
+/// Long, so that a test fails and does not pass when nothing ends it.
+const FOREVER: &str = "exec sleep 1000";
+
+#[test]
+fn ctrl_c_ends_the_wait_for_another_cargo_and_the_build() {
+    let lab = Lab::new();
+    let target = tempfile::tempdir().unwrap();
+    fs::create_dir(target.path().join("debug")).unwrap();
+    let other_cargo = File::create(target.path().join("debug/.cargo-lock")).unwrap();
+    other_cargo.lock().unwrap();
+    let start = || {
+        let mut command = lab.command(&["run", "nats_publish"]);
+        let mut lab = Running::start(command.env("CARGO_TARGET_DIR", target.path()));
+        lab.await_line("waiting for another cargo to finish…");
+        lab
+    };
+    let first = start();
+    first.interrupt();
+    first.ends_with(130);
+
+    let mut second = start();
+    other_cargo.unlock().unwrap();
+    second.await_line("building nats_publish…");
+    second.await_line("Compiling");
+    let children = children_of(second.child.id());
+    assert!(!children.is_empty());
+    second.interrupt();
+    second.ends_with(130);
+    let target = target.path().display().to_string();
+    eventually("neither cargo nor a compiler goes on", || {
+        !children.iter().any(|pid| lives(*pid))
+            && !process_list()
+                .iter()
+                .any(|(.., args)| args.contains(&target))
+    });
+}
+
+#[test]
+fn ctrl_c_ends_a_fetch() {
+    let lab = Lab::new();
+    fs::remove_file(lab.path().join("programs")).unwrap();
+    // No nats-server is found, and its builder never comes to an end.
+    let go = Stub::new("go", FOREVER);
+    for tool in ["sleep", "mv"] {
+        let folders = std::env::var_os("PATH").unwrap();
+        let mut places = std::env::split_paths(&folders).map(|folder| folder.join(tool));
+        let place = places.find(|place| place.is_file()).unwrap();
+        symlink(place, go.folder.path().join(tool)).unwrap();
+    }
+    let mut command = lab.command(&["up", "nats"]);
+    let mut lab = Running::start(command.env("PATH", go.folder.path()));
+    lab.await_line("fetching nats-server");
+    let pid = go.await_pid();
+    lab.interrupt();
+    lab.ends_with(130);
+    eventually("go is gone", || !lives(pid));
+}
+
+#[test]
+fn ctrl_c_ends_the_start_of_a_broker_also_of_a_detached_one() {
+    let lab = Lab::new();
+    for arguments in [&["up", "nats"][..], &["up", "nats", "--detach"]] {
+        let silent = Stub::new("nats-server", FOREVER);
+        let mut command = lab.command(arguments);
+        let mut running = Running::start(command.env("PATH", silent.path()));
+        running.await_line("starting nats…");
+        let pid = silent.await_pid();
+        assert!(lab.ok(&["status"]).contains("nats        starting"));
+        running.interrupt();
+        running.ends_with(130);
+        eventually("the broker is gone", || !lives(pid));
+    }
+    let left = fs::read_dir(lab.path().join("run")).unwrap().flatten();
+    let left: Vec<_> = left
+        .map(|file| file.file_name())
+        .filter(|name| !name.to_string_lossy().ends_with(".lock"))
+        .collect();
+    // The background process was killed, and could not remove its socket; the next owner does.
+    assert!(left.len() <= 1, "{left:?}");
+}
+
+#[test]
+fn a_second_ctrl_c_ends_a_slow_stop() {
+    let lab = Lab::new();
+    let real = compose::fetch::nats(&Home::from_env().unwrap()).unwrap();
+    // It takes no order to end, so that an orderly stop takes 20 seconds.
+    let stubborn = Stub::new(
+        "nats-server",
+        &format!(
+            "trap '' TERM\n'{}' \"$@\" &\nwhile :; do wait; sleep 1; done",
+            real.display()
+        ),
+    );
+    let mut command = lab.command(&["up", "nats"]);
+    let mut running = Running::start(command.env("PATH", stubborn.path()));
+    lab.await_entry("nats");
+    let pid = stubborn.await_pid();
+    running.interrupt();
+    running.await_line("stopping nats…");
+    running.interrupt();
+    running.ends_with(130);
+    eventually("the broker is gone", || !lives(pid));
+}
+
+#[test]
+fn a_third_ctrl_c_kills_an_example_that_does_not_end() {
+    let lab = Lab::new();
+    let deaf = Stub::new("nats_publish", &format!("trap '' INT\n{FOREVER}"));
+    let cargo = cargo_that_builds(&[("nats_publish", &deaf.program())]);
+    let mut command = lab.command(&["run", "nats_publish"]);
+    command.env("CARGO", cargo.program());
+    command.env("NATS_URL", "nats://127.0.0.1:1");
+    let mut running = Running::start(&mut command);
+    let pid = deaf.await_pid();
+    let has_state = |state: &str| {
+        let line = format!("nats_publish.1: {state}, process {pid}\n");
+        eventually(&line, || lab.ok(&["status"]).contains(&line));
+    };
+    has_state("running");
+    assert_eq!(lab.ok(&["pause", "nats_publish"]), "nats_publish: paused\n");
+    has_state("paused");
+    // A frozen example could not hear it, and is woken up.
+    running.interrupt();
+    has_state("running");
+    running.interrupt();
+    running.await_line("one more Ctrl-C kills it");
+    assert!(lives(pid));
+    running.interrupt();
+    running.ends_with(1);
+    assert!(!lives(pid));
+}
+
+#[test]
+fn help_takes_no_broker() {
+    let lab = Lab::new();
+    let header = lab.ok(&["show", "nats_publish"]);
+    assert!(header.starts_with("Publish on NATS"), "{header}");
+    assert!(header.contains("$ cargo lab run nats_publish"), "{header}");
+    assert!(
+        header.ends_with("\nnats-examples/src/bin/nats_publish.rs\n"),
+        "{header}"
+    );
+    for help in ["--help", "-h"] {
+        let output = lab.run(&["run", "nats_publish", help]);
+        assert_eq!(String::from_utf8_lossy(&output.stdout), header);
+        assert!(output.stderr.is_empty(), "{}", text(&output));
+    }
+
+    let program = Stub::new("order_pipeline", "echo usage: $*");
+    let cargo = cargo_that_builds(&[("order_pipeline", &program.program())]);
+    let mut command = lab.command(&["run", "order_pipeline", "--help"]);
+    command.env("CARGO", cargo.program());
+    let output = command.output().unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "usage: --help\n",
+        "{}",
+        text(&output)
+    );
+    assert!(!text(&output).contains("starting"), "{}", text(&output));
+}
+
+#[test]
+fn a_list_fits_the_usual_terminal() {
+    let lab = Lab::new();
+    let all = lab.ok(&["list"]);
+    assert!(all.lines().all(|line| line.chars().count() <= 80), "{all}");
+    for example in Workspace::load().unwrap().examples() {
+        let line = format!("  {} ", example.name);
+        assert!(all.contains(&line), "{all}");
+    }
+    let some = lab.ok(&["list", "dead letters"]);
+    assert!(some.contains("  kafka_dlq_replay "), "{some}");
+    assert!(!some.contains("nats_publish"), "{some}");
+    assert!(lab.fails(&["list", "zebra"]).contains("'zebra'"));
+}
+
+#[test]
+fn a_copy_says_what_to_change_first() {
+    let lab = Lab::new();
+    let project = lab.path().join("copy");
+    let said = lab.ok(&["new", "kafka_consumer_group", project.to_str().unwrap()]);
+    let source = fs::read_to_string(project.join("src/main.rs")).unwrap();
+    let named: Vec<_> = said
+        .lines()
+        .filter_map(|line| line.trim_start().strip_prefix("src/main.rs:"))
+        .collect();
+    assert!(
+        named.iter().any(|line| line.contains("const TOPIC: ")),
+        "{said}"
+    );
+    assert!(
+        named.iter().any(|line| line.contains("const GROUP: ")),
+        "{said}"
+    );
+    for line in named {
+        let (number, text) = line.split_once("  ").unwrap();
+        let number: usize = number.parse().unwrap();
+        assert_eq!(source.lines().nth(number - 1), Some(text), "{said}");
+    }
+    assert!(said.contains("KAFKA_BROKERS"), "{said}");
+
+    // The workspace and the copy end with the same readable errors.
+    let config = fs::read_to_string(project.join(".cargo/config.toml")).unwrap();
+    let workspace = Workspace::load().unwrap();
+    let own = fs::read_to_string(workspace.root().join(".cargo/config.toml")).unwrap();
+    let setting = config.strip_prefix("[env]\n").unwrap();
+    assert!(setting.contains("RUST_LIB_BACKTRACE = \"0\""), "{config}");
+    assert!(own.contains(setting), "{own}");
+}
+
+#[test]
+fn running_examples_are_listed_killed_and_frozen() {
+    let lab = Lab::new();
+    lab.ok(&["up", "nats", "--detach"]);
+    let start = || {
+        let mut command = lab.example("nats_subscribe");
+        Running::start(command.arg("events.user.*").stdout(Stdio::null()))
+    };
+    let pid_of = |name: &str| {
+        let (mut pid, line) = (None, format!("  {name}: running, process "));
+        eventually(&format!("{name} is listed"), || {
+            let status = lab.ok(&["status"]);
+            let after = status.lines().find_map(|found| found.strip_prefix(&line));
+            let number = after.map(|rest| rest.strip_suffix(", arguments: events.user.*").unwrap());
+            pid = number.map(|pid| pid.parse::<i32>().unwrap());
+            pid.is_some()
+        });
+        pid.unwrap()
+    };
+    let first = start();
+    let first_pid = pid_of("nats_subscribe.1");
+    let mut second = start();
+    let second_pid = pid_of("nats_subscribe.2");
+    assert_ne!(first_pid, second_pid);
+
+    let error = lab.fails(&["kill", "nats_subscribe"]);
+    assert!(
+        error.contains("nats_subscribe.1, nats_subscribe.2"),
+        "{error}"
+    );
+    let error = lab.fails(&["kill", "nats_subscribe.7"]);
+    assert!(error.contains("only nats_subscribe.1"), "{error}");
+    assert_eq!(
+        lab.ok(&["kill", "nats_subscribe.1"]),
+        "nats_subscribe.1: killed\n"
+    );
+    assert!(!lives(first_pid));
+    let said = first.ends_with(1);
+    assert!(
+        said.contains("nats_subscribe was ended by a signal"),
+        "{said}"
+    );
+    let status = lab.ok(&["status"]);
+    assert!(!status.contains("nats_subscribe.1"), "{status}");
+
+    // Who started later has the higher number, also when a lower one is free.
+    let third = start();
+    let third_pid = pid_of("nats_subscribe.3");
+    lab.ok(&["kill", "nats_subscribe.3"]);
+    assert!(!lives(third_pid));
+    third.ends_with(1);
+
+    lab.ok(&["pause", "nats_subscribe"]);
+    assert!(lab.ok(&["status"]).contains("nats_subscribe.2: paused"));
+    assert!(lives(second_pid));
+    lab.ok(&["resume", "nats_subscribe"]);
+    assert_eq!(pid_of("nats_subscribe.2"), second_pid);
+
+    // A killed `lab` takes its example along, and its entry is not believed any more.
+    second.child.kill().unwrap();
+    second.child.wait().unwrap();
+    let status = lab.ok(&["status"]);
+    assert!(!status.contains("nats_subscribe"), "{status}");
+    eventually("the example is gone", || !lives(second_pid));
+    let error = lab.fails(&["kill", "nats_subscribe"]);
+    assert!(error.contains("is called 'nats_subscribe'"), "{error}");
+    assert!(
+        lab.fails(&["kill", "nast"])
+            .contains("did you mean 'nats'?")
+    );
+}
+
+#[test]
+fn a_reader_that_has_left_is_no_error() {
+    let lab = Lab::new();
+    // Nobody reads, from the first line on.
+    let closed = || {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        Stdio::from(writer)
+    };
+    let running = Running::start(lab.command(&["up", "nats"]).stdout(closed()));
+    let entry = lab.await_entry("nats");
+    for arguments in [
+        &["list"][..],
+        &["show", "nats_publish"],
+        &["status"],
+        &["logs", "nats"],
+        &["run", "nats_publish", "--help"],
+        &["pause", "nats"],
+        &["resume", "nats"],
+        &["up", "nats"],
+    ] {
+        let mut command = lab.command(arguments);
+        let output = command.stdout(closed()).output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {}", text(&output));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!said.contains("panicked"), "{arguments:?}: {said}");
+    }
+    // With nobody to say it to, either.
+    let silent = Stub::new("nats_publish", "exit 0");
+    let cargo = cargo_that_builds(&[("nats_publish", &silent.program())]);
+    let other = Lab::new();
+    let mut command = other.command(&["run", "nats_publish"]);
+    command.env("CARGO", cargo.program());
+    let status = command.stdout(closed()).stderr(closed()).status();
+    assert!(status.unwrap().success());
+    let mut command = lab.command(&["kill", "nats.2"]);
+    let status = command.stdout(closed()).stderr(closed()).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+    running.interrupt();
+    let said = running.ends_with(0);
+    assert!(said.contains("stopping nats…"), "{said}");
+    assert!(!lives(node_pid(&entry)));
+}
+
 #[test]
 fn nothing_outlives_an_owner_that_is_killed() {
     let lab = Lab::new();
@@ -203,10 +700,10 @@ fn nothing_outlives_an_owner_that_is_killed() {
     // RabbitMQ's Erlang has its name server beside it, and all of them have children.
     let mut family = pids.clone();
     family.extend(
-        processes()
+        process_list()
             .into_iter()
-            .filter(|(_, group)| pids.contains(group))
-            .map(|(pid, _)| pid),
+            .filter(|(_, _, group, _)| pids.contains(group))
+            .map(|(pid, ..)| pid),
     );
     assert!(family.len() > 4, "{family:?}");
     owner.kill().unwrap();
@@ -217,19 +714,28 @@ fn nothing_outlives_an_owner_that_is_killed() {
     assert!(lab.ok(&["status"]).contains("nats        -"));
 }
 
-/// Every process with its group.
-fn processes() -> Vec<(i32, i32)> {
+/// Every process: its id, its parent's, its group's, and its command line.
+fn process_list() -> Vec<(i32, i32, i32, String)> {
     let output = Command::new("ps")
-        .args(["-A", "-o", "pid=,pgid="])
+        .args(["-A", "-ww", "-o", "pid=,ppid=,pgid=,args="])
         .output()
         .unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    text.lines()
-        .filter_map(|line| {
-            let mut numbers = line.split_whitespace().map(|number| number.parse().ok());
-            Some((numbers.next()??, numbers.next()??))
-        })
-        .collect()
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let parse = |line: &str| {
+        let mut words = line.split_whitespace();
+        let mut number = || words.next()?.parse().ok();
+        let (pid, parent, group) = (number()?, number()?, number()?);
+        Some((pid, parent, group, words.collect::<Vec<_>>().join(" ")))
+    };
+    text.lines().filter_map(parse).collect()
+}
+
+fn children_of(parent: u32) -> Vec<i32> {
+    let parent = i32::try_from(parent).unwrap();
+    let children = process_list()
+        .into_iter()
+        .filter(|process| process.1 == parent);
+    children.map(|process| process.0).collect()
 }
 
 #[test]
@@ -242,6 +748,19 @@ fn an_example_runs_on_a_broker_that_goes_with_it() {
         "{}",
         text(&output)
     );
+    let said = String::from_utf8_lossy(&output.stderr);
+    let mut steps = said.lines().filter(|line| line.ends_with('…'));
+    let mut step = || steps.next().unwrap_or_default();
+    // Another test's cargo may be building.
+    let mut first = step();
+    if first.contains("another cargo") {
+        first = step();
+    }
+    assert_eq!(
+        [first, step(), step()],
+        ["building nats_publish…", "starting nats…", "stopping nats…"],
+        "{said}"
+    );
     assert!(lab.entry("nats").is_none());
     assert!(lab.ok(&["status"]).contains("nats        -"));
 }
@@ -250,7 +769,7 @@ fn an_example_runs_on_a_broker_that_goes_with_it() {
 fn an_interrupt_reaches_the_example_and_its_exit_code_comes_back() {
     let lab = Lab::new();
     let child = lab
-        .command(&["run", "nats_subscribe"])
+        .example("nats_subscribe")
         // In the terminal's foreground, Ctrl-C would be taken for one that the example has got from there as well.
         .process_group(0)
         .stdout(Stdio::piped())
@@ -268,7 +787,7 @@ fn an_interrupt_reaches_the_example_and_its_exit_code_comes_back() {
 fn an_example_dies_with_a_lab_that_is_killed() {
     let lab = Lab::new();
     let mut child = lab
-        .command(&["run", "nats_subscribe"])
+        .example("nats_subscribe")
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
@@ -284,18 +803,12 @@ fn an_example_dies_with_a_lab_that_is_killed() {
 
 /// The process of the example that this `lab` runs.
 fn example_of(lab: &Child) -> i32 {
-    let parent = lab.id().to_string();
-    let output = Command::new("ps")
-        .args(["-A", "-o", "pid=,ppid=,args="])
-        .output()
-        .unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    text.lines()
-        .find(|line| {
-            line.contains("nats_subscribe") && line.split_whitespace().nth(1) == Some(&parent)
-        })
-        .and_then(|line| line.split_whitespace().next()?.parse().ok())
+    let lab = i32::try_from(lab.id()).unwrap();
+    process_list()
+        .into_iter()
+        .find(|(_, parent, _, args)| *parent == lab && args.contains("nats_subscribe"))
         .expect("the example is a child of lab")
+        .0
 }
 
 /// Ctrl-C for `lab`, as soon as its example listens for it, which is a moment after it has subscribed.
@@ -322,7 +835,7 @@ fn await_subscription(entry: &Value) {
 fn a_broker_in_use_by_another_run_is_not_taken_away() {
     let lab = Lab::new();
     let first = lab
-        .command(&["run", "nats_subscribe"])
+        .example("nats_subscribe")
         .process_group(0)
         .stdout(Stdio::null())
         .spawn()
@@ -330,7 +843,7 @@ fn a_broker_in_use_by_another_run_is_not_taken_away() {
     let entry = lab.await_entry("nats");
     await_subscription(&entry);
     let mut second = lab
-        .command(&["run", "nats_subscribe"])
+        .example("nats_subscribe")
         .process_group(0)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -372,7 +885,7 @@ fn a_broker_that_was_there_before_is_used() {
     let lab = Lab::new();
     let broker = compose::Broker::private(compose::Service::Nats).unwrap();
     let port = broker.address().rsplit(':').next().unwrap().to_owned();
-    let mut command = lab.command(&["run", "nats_publish"]);
+    let mut command = lab.example("nats_publish");
     command.env("LAB_PORTS", format!("nats={port}"));
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", text(&output));
@@ -528,7 +1041,7 @@ fn a_broker_that_ended_well_starts_faster_the_next_time() {
 #[test]
 fn the_mock_says_what_it_does_not_guarantee() {
     let lab = Lab::new();
-    let mut command = lab.command(&["run", "kafka_async_producer"]);
+    let mut command = lab.example("kafka_async_producer");
     let output = command.env("LAB_BACKEND", "mock").output().unwrap();
     assert!(output.status.success(), "{}", text(&output));
     let stderr = String::from_utf8_lossy(&output.stderr);

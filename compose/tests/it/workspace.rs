@@ -48,9 +48,9 @@ fn every_example_builds_as_a_project_of_its_own() {
             .split_once("\n[workspace]")
             .expect("a workspace of its own");
         fs::write(&manifest, text).unwrap();
-        // What stands at the root of a project, stands at the root of a workspace.
-        for shared in ["Cargo.lock", ".cargo"] {
-            if project.join(shared).exists() && !all.join(shared).exists() {
+        // What stands at the root of a project, stands at the root of a workspace: of the settings, the most complete.
+        for (shared, told_by) in [("Cargo.lock", "Cargo.lock"), (".cargo", ".cargo/protoc")] {
+            if project.join(told_by).exists() && !all.join(shared).exists() {
                 fs::rename(project.join(shared), all.join(shared)).unwrap();
             }
         }
@@ -126,6 +126,21 @@ fn every_example_is_described() {
         .map(|group| group.examples.len())
         .sum();
     assert_eq!(in_groups, workspace.examples().len());
+}
+
+/// `cargo lab run NAME --help` starts the program itself only if it understands that.
+#[test]
+fn examples_whose_header_points_to_help_understand_it() {
+    let workspace = Workspace::load().unwrap();
+    for example in workspace.examples() {
+        let pointed = example.header.contains("--help`");
+        assert_eq!(
+            example.parses_arguments().unwrap(),
+            pointed,
+            "{}",
+            example.name
+        );
+    }
 }
 
 #[test]

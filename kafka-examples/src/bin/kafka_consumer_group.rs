@@ -37,8 +37,8 @@
 //! strategy is cooperative. When it left, the partition came back at once, because it said that it was leaving.
 //!
 //! Try: run it in four terminals, and see one stay idle, as there are three partitions.
-//! kill -9 it while it works through 100 orders, start it again: after ten seconds, in which the group still waits for
-//! the dead member, the last few orders are processed twice and none is missing.
+//! `cargo lab kill kafka_consumer_group` while it works through 100 orders, and start it again: after ten seconds, in
+//! which the group still waits for the dead member, the last few orders are processed twice and none is missing.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_async_producer, order_pipeline.
 

@@ -31,9 +31,9 @@
 //! matter, and to read the positions after that. `send` twice makes two orders and two invoices: Kafka knows records, not
 //! orders, and to know those is the part of kafka_idempotent_consumer.
 //!
-//! Try: WORK_MS=10 with `send 1000`, kill -9 in the middle, then read `exactly-once.invoices` to its end with
-//! isolation.level `read_uncommitted` and `read_committed`, and count. A second program that shares the work, instead of
-//! taking it over, needs its own TRANSACTIONAL_ID.
+//! Try: WORK_MS=10 with `send 1000`, `cargo lab kill kafka_exactly_once` in the middle, start it again, then read
+//! `exactly-once.invoices` to its end with isolation.level `read_uncommitted` and `read_committed`, and count. A second
+//! program that shares the work, instead of taking it over, needs its own TRANSACTIONAL_ID.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092); TRANSACTIONAL_ID (exactly-once-1); BATCH (100) records, or what comes in
 //! BATCH_MS (200), make a transaction, but no more than 5 seconds of work; WORK_MS (0) is how long an order takes, at

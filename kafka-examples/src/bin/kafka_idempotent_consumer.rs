@@ -27,8 +27,8 @@
 //! that is sent again. The ids that are kept are bounded (the newest IDS_KEPT): keep more than can come in
 //! the time for which a producer may retry, or the group may be set back.
 //!
-//! Try: kill -9 it at any moment while it works through 5000 payments, start it again: the sum is right. Set IDS_KEPT=2
-//! and send 3 twice: forgotten ids are paid again.
+//! Try: `cargo lab kill kafka_idempotent_consumer` at any moment while it works through 5000 payments, start it again:
+//! the sum is right. Set IDS_KEPT=2 and send 3 twice: forgotten ids are paid again.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092); PAYMENTS_DB (payments.sqlite in the current folder); IDS_KEPT (100000); the
 //! arguments `send N` send payments 1 to N. See also: kafka_manual_commit, order_pipeline.

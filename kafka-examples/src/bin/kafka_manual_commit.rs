@@ -35,9 +35,9 @@
 //! which one depends on whether later orders may overtake a failed one. Each commit here waits for the broker, which is
 //! the slowest way and the one whose errors cannot be missed: those of `CommitMode::Async` reach only `commit_callback`.
 //!
-//! Try: kill -9 it in the middle of many orders, and start it again: after ten seconds, in which the group waits for
-//! the dead member, it goes on behind the last commit. Read the headers of the dead letters: reason, topic, partition,
-//! offset. A crash between dead letter and commit leaves two of them.
+//! Try: `cargo lab kill kafka_manual_commit` in the middle of many orders, and start it again: after ten seconds, in
+//! which the group waits for the dead member, it goes on behind the last commit. Read the headers of the dead letters:
+//! reason, topic, partition, offset. A crash between dead letter and commit leaves two of them.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092); the argument `send` writes the orders that follow it, `--stop` is above.
 //! See also: kafka_pitfall_auto_commit, kafka_idempotent_consumer.

@@ -25,7 +25,8 @@
 //! before the last one that has begun, also those in the queues: a position before an order that is done would repeat
 //! it. What lies behind is left to the next owner.
 //!
-//! Try: LANES=1 against LANES=16 with `send 2000`. kill -9 it in the middle, start it again, and look for a gap.
+//! Try: LANES=1 against LANES=16 with `send 2000`. `cargo lab kill kafka_parallel_consumer` in the middle, start it
+//! again, and look for a gap.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092); LANES (8); the arguments `send N` write orders.
 //! See also: kafka_rebalance, kafka_pitfall_ordering, kafka_pitfall_auto_commit.

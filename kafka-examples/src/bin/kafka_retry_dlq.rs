@@ -32,7 +32,7 @@
 //! is at its head is due first, give or take the jitter, and to sleep until then holds up nobody. Without the jitter,
 //! all that failed together would come back together.
 //!
-//! Try: send while it is stopped; kill -9 it while payment-3 is on its way, and start it again.
+//! Try: send while it is stopped; `cargo lab kill kafka_retry_dlq` while payment-3 is on its way, and start it again.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_dlq_replay, kafka_manual_commit.
 

@@ -39,7 +39,8 @@
 //! stay open for as long as nobody views its pages. If all are quiet, they do stay open, for no time passes in which
 //! anything happens. A partition that waits to be read is not quiet: its backlog would be too late for that watermark.
 //!
-//! Try: kill -9 it at any moment, start it again, compare the last count of each window. Run kafka_page_views twice.
+//! Try: `cargo lab kill kafka_window_aggregation` at any moment, start it again, compare the last count of each window.
+//! Run kafka_page_views twice.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092); IDLE_MS (10000); BATCH (100) records or 200 ms make a transaction.
 //! See also: kafka_page_views, kafka_exactly_once, kafka_compacted_table.

@@ -17,7 +17,7 @@
 //! breaks. With acks in flight, a message that is sent again may be stored after later ones: where order counts, await
 //! each, or let the server check it (jetstream_dedup).
 //!
-//! Try: kill the server in the middle of 1000000 and restart it. Make the window 1, or 5000.
+//! Try: `cargo lab kill nats` in the middle of 1000000, then `cargo lab restart nats`. Make the window 1, or 5000.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); the arguments are the number of messages (5000) and the window (256).
 //! See also: jetstream_stream, jetstream_dedup, nats_reconnect.

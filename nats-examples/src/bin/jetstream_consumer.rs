@@ -28,8 +28,9 @@
 //! again, to another member too. A stream of messages fetches ahead even with batches of one: it asks again when its
 //! last question has expired or the server is back, whether or not the program has time.
 //!
-//! Try: WORK_MS=60000, kill it with SIGKILL while it processes, start it again: after the ack wait of five seconds the
-//! order is there, as delivery 2. Start it twice: the two share the orders. Kill the server, and restart it.
+//! Try: WORK_MS=60000, `cargo lab kill jetstream_consumer` while it processes, start it again: after the ack wait of
+//! five seconds the order is there, as delivery 2. Start it twice: the two share the orders. `cargo lab kill nats`,
+//! then `cargo lab restart nats`.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); WORK_MS (100), how long each order takes; the argument `send` stores the
 //! orders that follow it. See also: jetstream_stream, jetstream_ack_kinds, jetstream_idempotent_consumer.

@@ -23,7 +23,8 @@
 //! must look again. Deliveries can still repeat; see jetstream_idempotent_consumer. The tries end in time, but one that
 //! finds no server waits in the client's buffer: after an outage that is longer than the window, it is stored again.
 //!
-//! Try: kill the server between two tries and restart it: it reads the ids of the window back from its store.
+//! Try: `cargo lab kill nats` and `cargo lab restart nats` between two tries: the server reads the ids of the window
+//! back from its store.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); WINDOW_S (2, and 120 to `send`); the arguments `send ID N` publish one
 //! order N times with that id. See also: jetstream_stream, jetstream_async_publish.

@@ -27,8 +27,8 @@
 //! when they are needed, and grows without end. The ids that are kept here are bounded (the newest IDS_KEPT): more than
 //! can come in the time for which a sender may repeat itself.
 //!
-//! Try: kill -9 it at any moment while it works through 5000 payments, start it again: the sum is right. Set IDS_KEPT=2
-//! and send 3 twice: forgotten ids are paid again.
+//! Try: `cargo lab kill jetstream_idempotent_consumer` at any moment while it works through 5000 payments, start it
+//! again: the sum is right. Set IDS_KEPT=2 and send 3 twice: forgotten ids are paid again.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); PAYMENTS_DB (payments.sqlite in the current folder); IDS_KEPT (100000);
 //! the arguments `send N` send payments 1 to N. See also: jetstream_consumer, jetstream_dedup.

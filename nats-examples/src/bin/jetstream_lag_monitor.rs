@@ -27,7 +27,8 @@
 //! Redelivered that grows is a consumer that dies or is too slow for its ack wait. Only acks count: an ephemeral
 //! consumer is gone, with its lag, soon after its program.
 //!
-//! Try: kill the worker with SIGKILL; its job shows as unacknowledged, then as redelivered once another has it.
+//! Try: `cargo lab kill jetstream_work_queue`; its job shows as unacknowledged, then as redelivered once another has
+//! it.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); LAG_THRESHOLD (10000) per consumer; LAG_INTERVAL (10) in seconds; the
 //! argument is a stream to watch alone. See also: jetstream_work_queue, jetstream_stream, kafka_lag_monitor.

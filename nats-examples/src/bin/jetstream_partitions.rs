@@ -26,8 +26,8 @@
 //! The number of partitions is part of the stream: with another one, customers move, and orders that are stored already
 //! stay where they are. Drain the stream first.
 //!
-//! Try: start it twice, and kill one with SIGKILL while it works: after the ack wait of five seconds the other goes on
-//! with the same order. Without `max_ack_pending`, count what comes out of order.
+//! Try: start it twice, and `cargo lab kill jetstream_partitions.1` while it works: after the ack wait of five seconds
+//! the other goes on with the same order. Without `max_ack_pending`, count what comes out of order.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); WORK_MS (10); the arguments `send N`. A mapping in a stream needs server
 //! 2.10; an older one can map in its configuration. See also: jetstream_work_queue, kafka_pitfall_ordering.

@@ -33,8 +33,8 @@
 //! cause; the advisory is there all the same. The schedule is the server's and has no jitter: orders that failed
 //! together come back together. Where that hurts, nak with a delay of your own (jetstream_ack_kinds).
 //!
-//! Try: kill it with SIGKILL at any moment, start it again: no order is missing, and a dead letter is there once, also
-//! when it was replayed in between. Kill the server, and restart it.
+//! Try: `cargo lab kill jetstream_retry_dlq` at any moment, start it again: no order is missing, and a dead letter is
+//! there once, also when it was replayed in between. `cargo lab kill nats`, then `cargo lab restart nats`.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); with HEALED=1 nothing is bad any more; the arguments are `send
 //! ORDER...`, `dead`, `replay`. See also: jetstream_ack_kinds, jetstream_work_queue, kafka_retry_dlq.

@@ -29,7 +29,8 @@
 //! With this retention the subjects of two consumers must not overlap, or the second is refused: whose ack would
 //! remove the message? What was given to a worker that has died waits for the ack wait, here five seconds.
 //!
-//! Try: kill a worker with SIGKILL. Start ten. Look at the queue: `cargo lab run jetstream_lag_monitor`.
+//! Try: `cargo lab kill jetstream_work_queue`. Start ten workers. Look at the queue:
+//! `cargo lab run jetstream_lag_monitor`.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); WORK_MS (100), how long a job takes; the arguments are `work NAME` or
 //! `send N`. See also: nats_queue_group, jetstream_consumer, jetstream_retry_dlq.

@@ -32,7 +32,7 @@
 //! `Client::drain` as the first step would close the connection while answers are still being worked on: they would
 //! never arrive. So: the subscription first, then the work, then the client.
 //!
-//! Try: kill the first one with SIGKILL instead: what it had in hand is answered by nobody, and asked again only after
+//! Try: `cargo lab kill nats_drain.1` instead: what it had in hand is answered by nobody, and asked again only after
 //! the timeout.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); WORK_MS (50), how long each request takes; the arguments `ask N`. See

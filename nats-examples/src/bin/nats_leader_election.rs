@@ -28,8 +28,9 @@
 //! new leader writes its token before anything else, which shuts out the old one. A resource that can't check a token,
 //! such as most web services, can't be protected in this way, and then what two leaders do at once must not harm.
 //!
-//! Try: start three, kill the leader with SIGKILL. Freeze it with SIGSTOP for ten seconds: it wakes up, is refused, and
-//! waits like the others.
+//! Try: start three; the first one leads: `cargo lab kill nats_leader_election.1`. Freeze the next leader with
+//! `cargo lab pause nats_leader_election.2`, or `.3`, and after ten seconds `cargo lab resume nats_leader_election.2`:
+//! it wakes up, is refused, and waits like the others.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); the argument is a name. See also: nats_kv.
 

@@ -29,8 +29,8 @@
 //! gets as many jobs as one that is fast; its jobs wait in its client's buffer. Pulling, as JetStream consumers do,
 //! gives a job to who asks for one.
 //!
-//! Try: start a third in the middle of `send 100000`, and stop another. Kill one with SIGKILL: nobody takes over its
-//! jobs. Subscribe with `nats_subscribe jobs.new` meanwhile: it gets every job.
+//! Try: start a third in the middle of `send 100000`, and stop another. `cargo lab kill nats_queue_group.1`: nobody
+//! takes over its jobs. Subscribe with `nats_subscribe jobs.new` meanwhile: it gets every job.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); the arguments are `join NAME` or `send N`. See also: nats_drain,
 //! jetstream_work_queue.

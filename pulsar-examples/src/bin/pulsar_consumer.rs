@@ -25,9 +25,9 @@
 //! holds a message that is no order stays as a whole. Single acks within a batch (`ack_set`) would not spare the
 //! repeats: this client hands out all of a batch that comes again.
 //!
-//! Try: kill -9 this program right after it printed an order; the next run may get that order again. Run it twice and
-//! stop the first: the second takes over. Kill the broker and start it again: the client comes back by itself, or the
-//! program ends with an error, at the latest after about a minute.
+//! Try: `cargo lab kill pulsar_consumer` right after it printed an order; the next run may get that order again. Run it
+//! twice and stop the first: the second takes over. `cargo lab kill pulsar`, then `cargo lab restart pulsar`: the
+//! client comes back by itself, or the program ends with an error, at the latest after about a minute.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_producer.
 

@@ -26,7 +26,8 @@
 //! tick by a policy of a topic or namespace: broker 4.2 then forgets messages that are due soon, until others come.
 //! Delays of days keep the subscription's storage from being freed for as long.
 //!
-//! Try: kill and restart the broker while reminders are pending: none is lost, since they are stored.
+//! Try: `cargo lab kill pulsar` and `cargo lab restart pulsar` while reminders are pending: none is lost, since they
+//! are stored.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_retry_backoff.
 

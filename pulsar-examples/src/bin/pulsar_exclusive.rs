@@ -33,7 +33,8 @@
 //! error. `wait` tries again by itself and says so. A negative ack is not for one message here: the broker delivers
 //! everything again from the first that is not acknowledged, and never counts, so no dead-letter policy ever fires.
 //!
-//! Try: kill -9 the holder in the middle of `send 100`: the waiting one goes on, with the order that was in hand.
+//! Try: `cargo lab kill pulsar_exclusive.1`, the holder, in the middle of `send 100`: the waiting one goes on, with the
+//! order that was in hand.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_failover, whose stand-ins take over at once.
 

@@ -31,7 +31,8 @@
 //! partitions each partition has its own active consumer. As with Exclusive, a negative ack brings back all that is not
 //! acknowledged, and a dead-letter policy never fires.
 //!
-//! Try: kill -9 the active one in the middle of `send 100`. Start `main 0` again: it takes over from the stand-in.
+//! Try: `cargo lab kill pulsar_failover.1`, the active one, in the middle of `send 100`. Start `main 0` again: it takes
+//! over from the stand-in.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_exclusive, pulsar_key_shared.
 

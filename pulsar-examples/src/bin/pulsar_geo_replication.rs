@@ -35,7 +35,7 @@
 //! cluster stands somewhere else. And what arrives where no subscription holds it is deleted, so subscribe in the other
 //! cluster first. The wait for copies is a backlog of its own, of `replication` in the stats.
 //!
-//! Try: kill -9 the first broker right after a `send 1000`, restart it: all of them arrive.
+//! Try: `cargo lab kill pulsar.1` right after a `send 1000`, then `cargo lab restart pulsar.1`: all of them arrive.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650) and PULSAR_ADMIN_URL (http://localhost:8080) for the first
 //! cluster; PULSAR_ADDRESS_B (pulsar://localhost:6651) and PULSAR_ADMIN_URL_B (http://localhost:8081) for the second.

@@ -34,8 +34,8 @@
 //! somebody else is acknowledged after its last payment, and may come whole again: the ids know. `again` sends under a
 //! new name, as another program would: only the consumer can know those.
 //!
-//! Try: kill -9 `send monday 5000` and repeat it; kill -9 the consumer at any moment: the sum is right. IDS_KEPT=2 and
-//! `again`: forgotten ids are paid again.
+//! Try: `cargo lab kill pulsar_idempotent_consumer` during `send monday 5000`, and repeat that; the same to the
+//! consumer at any moment: the sum is right. IDS_KEPT=2 and `again`: forgotten ids are paid again.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650), PULSAR_ADMIN_URL (http://localhost:8080); PAYMENTS_DB
 //! (pulsar-payments.sqlite in the current folder); IDS_KEPT (100000). See also: pulsar_consumer.

@@ -31,7 +31,7 @@
 //! anywhere. One that is acknowledged out of turn is passed: the broker keeps the order of deliveries, not that of your
 //! tasks.
 //!
-//! Try: kill -9 one of them in the middle of `send 400`, and look at a single user's orders.
+//! Try: `cargo lab kill pulsar_key_shared.1` in the middle of `send 400`, and look at a single user's orders.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_shared, pulsar_partitioned_topic.
 

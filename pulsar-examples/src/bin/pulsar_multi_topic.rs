@@ -26,7 +26,7 @@
 //! stream never ends: when the broker stays away for long, it is silent, and may remain so when the broker is back. So
 //! after a silence the broker is asked, and without an answer client and consumer are made anew.
 //!
-//! Try: kill the broker under it, and restart it a minute later.
+//! Try: `cargo lab kill pulsar`, and a minute later `cargo lab restart pulsar`.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_partitioned_topic.
 

@@ -27,8 +27,9 @@
 //! The names are those of the Java client, RECONSUMETIMES for one. The broker delivers a delayed message up to a second
 //! before its time: left to it, the first three retries would not wait at all. So the worker waits for the rest.
 //!
-//! Try: kill -9 it in the middle of many flaky orders: each is done in the end, some twice. SIGKILL the broker and
-//! restart it: what waits is stored. The worker ends with an error when the broker stays away; start it again.
+//! Try: `cargo lab kill pulsar_retry_backoff` in the middle of many flaky orders: each is done in the end, some twice.
+//! `cargo lab kill pulsar` and `cargo lab restart pulsar`: what waits is stored. The worker ends with an error when the
+//! broker stays away; start it again.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_dead_letter, pulsar_delayed_delivery.
 

@@ -30,7 +30,8 @@
 //! full queue has a price of its own: acks wait behind messages, and `close` waits for ever. So the queue is small, the
 //! number asked for at a time still smaller, and the queue is emptied before the close.
 //!
-//! Try: kill -9 one of them in the middle of `send 200`: the other gets its orders, those that it had fetched, too.
+//! Try: `cargo lab kill pulsar_shared.1` in the middle of `send 200`: the other gets its orders, those that it had
+//! fetched, too.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650). See also: pulsar_key_shared, which keeps the order per key;
 //! pulsar_negative_ack, pulsar_dead_letter.

@@ -30,8 +30,8 @@
 //! rejected to the dead letters. The ids that are kept are bounded (the newest IDS_KEPT): keep more than can come in the
 //! time for which a publisher may retry or a message wait in a queue.
 //!
-//! Try: kill -9 it at any moment while it works through 5000 payments, start it again: the sum is right. Set IDS_KEPT=2
-//! and send 3 twice: forgotten ids are paid again.
+//! Try: `cargo lab kill rabbitmq_idempotent_consumer` at any moment while it works through 5000 payments, start it
+//! again: the sum is right. Set IDS_KEPT=2 and send 3 twice: forgotten ids are paid again.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); PAYMENTS_DB (rabbitmq-payments.sqlite in
 //! the current folder); IDS_KEPT (100000); the arguments `send N` send payments 1 to N. The same on 3.10 and 4.x. See

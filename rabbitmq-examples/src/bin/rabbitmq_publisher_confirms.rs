@@ -21,8 +21,8 @@
 //! Don't overstate it: a confirm does not keep the queue. One that was just declared is gone, with all that was
 //! confirmed in it, if its broker is killed before it has written down, a moment later, that there is such a queue.
 //!
-//! Try: `rabbitmq_publisher_confirms 1000000 streaming`, and kill -9 the broker (`cargo lab kill rabbitmq`), or
-//! pause it (`cargo lab pause rabbitmq`).
+//! Try: `rabbitmq_publisher_confirms 1000000 streaming`, and `cargo lab kill rabbitmq` or `cargo lab pause rabbitmq`
+//! meanwhile.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the arguments are how many messages
 //! (2000), of 1 KB each, and one of `single`, `batches`, `streaming`. Classic queues, the same on 3.10 and 4.x. See

@@ -38,9 +38,10 @@
 //! lost consumers count as failures; `nack` gives a message back without counting. This program uses `reject`, which
 //! counts everywhere. Mirrored classic queues, the old way to replicate, are gone in 4.x.
 //!
-//! Try: `cargo lab kill rabbitmq` and `cargo lab restart rabbitmq` between send and receive; `cargo lab up rabbitmq
-//! --nodes 3`, and kill `rabbitmq.2` or `rabbitmq.3` in the middle of a send: two of three are a majority, and all is
-//! confirmed. (AMQP_ADDR is the first; a program that is connected to the node that dies ends with an error.)
+//! Try: `cargo lab kill rabbitmq` and `cargo lab restart rabbitmq` between send and receive;
+//! `cargo lab up rabbitmq --nodes 3`, and `cargo lab kill rabbitmq.2` or `cargo lab kill rabbitmq.3` in the middle of a
+//! send: two of three are a majority, and all is confirmed. (AMQP_ADDR is the first; a program that is connected to the
+//! node that dies ends with an error.)
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the arguments are `send JOB ...`,
 //! `dead`, or nothing to work. A job is said to fail if its name contains "poison". See also: rabbitmq_dead_letter,

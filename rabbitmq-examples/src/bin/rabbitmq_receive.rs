@@ -19,9 +19,10 @@
 //! would deliver it again at once, for ever. `basic_qos(1)` keeps the other tasks in the queue, where a second worker
 //! can take them; without it, the broker pushes the whole queue to the first worker that connects.
 //!
-//! Try: kill -9 this program between "received" and "done", start it again: the task comes back, marked as redelivered.
-//! Press Ctrl-C during the work: the task is finished and acknowledged first. `cargo lab run rabbitmq_send nonsense`
-//! sends a body that is no task. Stop the broker: the program ends with an error instead of waiting for ever.
+//! Try: `cargo lab kill rabbitmq_receive` between "received" and "done", start it again: the task comes back, marked as
+//! redelivered. Press Ctrl-C during the work: the task is finished and acknowledged first.
+//! `cargo lab run rabbitmq_send nonsense` sends a body that is no task. `cargo lab down rabbitmq`: the program ends
+//! with an error instead of waiting for ever.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). See also: rabbitmq_send.
 

@@ -49,7 +49,8 @@
 //! confirmed in it, if its broker is killed before it has written down, a moment later, that there is such a queue.
 //! Hence the orderly restart above, which writes everything.
 //!
-//! Try: kill and restart the broker several times; pause it for half a minute; press Ctrl-C while it is away.
+//! Try: `cargo lab kill rabbitmq` and `cargo lab restart rabbitmq` several times; `cargo lab pause rabbitmq`, and half
+//! a minute later `cargo lab resume rabbitmq`; press Ctrl-C while it is away.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the argument `publish` or `consume`
 //! does one half of it. One at a time, and `publish` before `consume`: who publishes begins with an empty queue. The

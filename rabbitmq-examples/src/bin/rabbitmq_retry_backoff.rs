@@ -31,7 +31,8 @@
 //! confirm, and if the broker dies right then, that payment may be lost. Quorum queues can wait
 //! (`x-dead-letter-strategy: at-least-once`, since 3.10).
 //!
-//! Try: send while it is stopped; kill -9 it while payment-3 is on its way, and start it again.
+//! Try: send while it is stopped; `cargo lab kill rabbitmq_retry_backoff` while payment-3 is on its way, and start it
+//! again.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). The same on 3.10 and 4.x; from 4.0 a
 //! quorum queue for the payments would count deliveries, too (limit 20). See also: rabbitmq_dead_letter,

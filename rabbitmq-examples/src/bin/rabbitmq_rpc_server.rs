@@ -18,7 +18,7 @@
 //! Notice: the queue lasts as long as one server is there (`auto_delete`), so that a request for which there is no
 //! server comes back to its client at once, instead of waiting in a queue that nobody reads.
 //!
-//! Try: start several servers: they share the requests. Kill one with SIGKILL.
+//! Try: start several servers: they share the requests. `cargo lab kill rabbitmq_rpc_server.1`.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). The queue is durable because a shared
 //! queue that is not is deprecated in 4.x. See also: rabbitmq_rpc_client.

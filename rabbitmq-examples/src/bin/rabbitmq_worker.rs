@@ -24,8 +24,8 @@
 //! text, or would take over a minute, is rejected to `work-queue.rejected`; requeued, it would come back at once, for
 //! ever.
 //!
-//! Try: start two of these in two terminals, send some tasks, kill -9 the one that has the longest. Press Ctrl-C in the
-//! middle of a task: it is finished first.
+//! Try: start two of these in two terminals, send some tasks, and `cargo lab kill rabbitmq_worker.1` if the first has
+//! the longest, else `.2`. Press Ctrl-C in the middle of a task: it is finished first.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the argument is the number of workers
 //! (1). A classic queue, the same on 3.10 and 4.x. See also: rabbitmq_new_task, rabbitmq_quorum_queue.

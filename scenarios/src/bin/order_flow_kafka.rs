@@ -31,7 +31,8 @@
 //!
 //! Try: `--without-idempotency --crash told:40`, and then the same `--data` without `--crash`: charges are doubled, or
 //! stock, or parcels. In four terminals, all with `--data flow`: the stages `reserve`, `pay`, `ship`, `place`, and
-//! kill -9 them, or `cargo lab kill kafka` and `cargo lab restart kafka`; then `report --data flow`.
+//! `cargo lab kill order_flow_kafka.2` or another of them, or `cargo lab kill kafka` and `cargo lab restart kafka`;
+//! then `report --data flow`.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092); `--help` for the others. See also: order_flow_rabbitmq, order_flow_nats,
 //! order_flow_pulsar, docs/order-flow.md.

@@ -33,8 +33,9 @@
 //! rely on it, for it does not help when the crash came between effect and event.
 //!
 //! Try: `--without-idempotency --crash effect:40`, and then the same `--data` without `--crash`: an effect is doubled.
-//! In four terminals, all with `--data flow`: the stages `reserve`, `pay`, `ship`, `place`, and kill -9 them, or
-//! `cargo lab kill nats` and `cargo lab restart nats`; then `report --data flow`.
+//! In four terminals, all with `--data flow`: the stages `reserve`, `pay`, `ship`, `place`, and
+//! `cargo lab kill order_flow_nats.2` or another of them, or `cargo lab kill nats` and `cargo lab restart nats`; then
+//! `report --data flow`.
 //!
 //! Settings: NATS_URL (nats://localhost:4222); `--help` for the others. See also: order_flow_kafka,
 //! order_flow_rabbitmq, order_flow_pulsar, docs/order-flow.md.

@@ -34,7 +34,8 @@
 //!
 //! Try: `--without-idempotency --crash told:40`, and then the same `--data` without `--crash`: charges are doubled, or
 //! stock, or parcels. In four terminals, all with `--data flow`: the stages `reserve`, `pay`, `ship`, `place`, and
-//! kill -9 them, or `cargo lab kill pulsar` and `cargo lab restart pulsar`; then `report --data flow`.
+//! `cargo lab kill order_flow_pulsar.2` or another of them, or `cargo lab kill pulsar` and `cargo lab restart pulsar`;
+//! then `report --data flow`.
 //!
 //! Settings: PULSAR_ADDRESS (pulsar://localhost:6650); `--help` for the others. See also: order_flow_kafka,
 //! order_flow_rabbitmq, order_flow_nats, docs/order-flow.md.

@@ -31,7 +31,8 @@
 //!
 //! Try: `--without-idempotency --crash told:40`, and then the same `--data` without `--crash`: charges are doubled, or
 //! stock, or parcels. In four terminals, all with `--data flow`: the stages `reserve`, `pay`, `ship`, `place`, and
-//! kill -9 them, or `cargo lab kill rabbitmq` and `cargo lab restart rabbitmq`; then `report --data flow`.
+//! `cargo lab kill order_flow_rabbitmq.2` or another of them, or `cargo lab kill rabbitmq` and
+//! `cargo lab restart rabbitmq`; then `report --data flow`.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f); `--help` for the others. See also: order_flow_kafka,
 //! order_flow_nats, order_flow_pulsar, docs/order-flow.md.

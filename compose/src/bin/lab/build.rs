@@ -1,11 +1,16 @@
 //! Builds an example and says where its program is.
 
+use std::fs::{File, TryLockError};
+use std::io::Read;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use cargo_metadata::Message;
+use compose::process::Supervised;
 use compose::workspace::Workspace;
+
+use crate::say::say;
 
 /// Cargo's own output goes to the terminal as it is.
 ///
@@ -43,15 +48,21 @@ pub fn build(workspace: &Workspace, name: &str, release: bool) -> Result<PathBuf
     if release {
         command.arg("--release");
     }
-    let output = command
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
+    await_other_cargo(workspace, release);
+    say!("building {name}…");
+    // With a watcher and in a process group of its own: when an interrupt ends this process, no compiler goes on.
+    let mut process = Supervised::spawn(&command, Stdio::piped(), Stdio::inherit(), None)
         .context("cannot run cargo to build the example")?;
-    if !output.status.success() {
+    let mut messages = Vec::new();
+    process
+        .take_stdout()
+        .context("cargo has no standard output")?
+        .read_to_end(&mut messages)
+        .context("cargo's messages cannot be read")?;
+    if !process.wait()?.success() {
         bail!("{name} does not build; see above");
     }
-    for message in Message::parse_stream(output.stdout.as_slice()) {
+    for message in Message::parse_stream(messages.as_slice()) {
         if let Message::CompilerArtifact(artifact) =
             message.context("cargo's messages cannot be read")?
             && artifact.target.name == name
@@ -61,4 +72,20 @@ pub fn build(workspace: &Workspace, name: &str, release: bool) -> Result<PathBuf
         }
     }
     bail!("cargo built no program called {name}")
+}
+
+/// Waits as cargo itself would, but says so in plain words. If it cannot be told whether another cargo builds, that is
+/// left to cargo.
+fn await_other_cargo(workspace: &Workspace, release: bool) {
+    let profile = if release { "release" } else { "debug" };
+    let lock = workspace
+        .target_directory()
+        .join(profile)
+        .join(".cargo-lock");
+    // Without this file nothing has been built here yet.
+    let Ok(lock) = File::open(lock) else { return };
+    if let Err(TryLockError::WouldBlock) = lock.try_lock_shared() {
+        say!("waiting for another cargo to finish…");
+        let _ = lock.lock_shared();
+    }
 }

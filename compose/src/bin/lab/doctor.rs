@@ -61,7 +61,7 @@ pub fn doctor() -> Result<ExitCode> {
             writeln!(text, "  {line}")?;
         }
     }
-    super::print(&text)?;
+    crate::say::page(&text)?;
     Ok(if healthy {
         ExitCode::SUCCESS
     } else {

@@ -12,6 +12,7 @@ use compose::workspace::Workspace;
 use compose::{Broker, Service, docker, fetch, probe, recipe};
 
 use crate::build;
+use crate::say::say;
 
 /// How long another `lab` may take to fetch and start what this one needs too.
 const OTHERS_START: Duration = Duration::from_secs(600);
@@ -59,6 +60,9 @@ pub fn find(home: &Home, service: Service) -> Result<Option<Found>> {
     if let (Some(address), None) = (&variable, forced) {
         return Ok(Some(Found::Variable(address.clone())));
     }
+    if registry::find(home, service)?.is_none() && registry::is_owned(home, service)? {
+        say!("waiting until another `cargo lab` has started {service}…");
+    }
     if let Some(entry) = registry::await_entry(home, service, OTHERS_START)? {
         if let Some(wanted) = forced
             && entry.backend != wanted.to_string()
@@ -99,11 +103,11 @@ pub fn choose(home: &Home, service: Service) -> Result<Backend> {
         return Ok(Backend::Native);
     }
     if docker::answers() {
-        eprintln!("{service}: {}; using Docker", plan.missing().join("; "));
+        say!("{service}: {}; using Docker", plan.missing().join("; "));
         return Ok(Backend::Docker);
     }
     if service == Service::Kafka {
-        eprintln!(
+        say!(
             "kafka: {}, and no Docker engine answers",
             plan.missing().join("; ")
         );
@@ -150,7 +154,7 @@ pub fn start(
         Backend::Mock => {
             let program = build::build(&Workspace::load()?, "kafka_mock_cluster", false)?;
             let broker = Broker::mock(&program, home)?;
-            eprintln!("{MOCK_WARNING}");
+            say!("{MOCK_WARNING}");
             Ok(broker)
         }
     }

@@ -1,22 +1,29 @@
 //! `lab`: starts real brokers and runs the examples on them.
 
+// These panic when the reader of a pipe has left.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod build;
 mod doctor;
+mod interrupt;
 mod ladder;
+mod list;
 mod owner;
 mod run;
+mod say;
 
 use std::fmt::Write as _;
-use std::io::{ErrorKind, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::{Parser, Subcommand};
 use compose::Service;
 use compose::home::Home;
-use compose::registry::{self, Entry, Order, Verb};
-use compose::workspace::{ExampleInfo, Workspace};
+use compose::registry::{self, Entry, Order, Run, Verb};
+use compose::workspace::{self, Workspace};
+
+use crate::say::{out, page, say};
 
 /// Real brokers under the examples, with no set-up
 #[derive(Parser)]
@@ -42,6 +49,11 @@ enum Lab {
     List {
         /// Only those whose name or title contains this
         filter: Option<String>,
+    },
+    /// Show what an example says of itself: what it guarantees, how to run it, what to try
+    Show {
+        /// The example, as `cargo lab list` names it
+        name: String,
     },
     /// Run an example; starts the brokers it needs, and stops what it started
     Run {
@@ -76,7 +88,7 @@ enum Lab {
         /// Which
         services: Vec<Service>,
     },
-    /// Show which brokers run, where, and on what
+    /// Show which brokers run, where, and on what, and which examples run
     Status,
     /// Show a broker's log
     Logs {
@@ -89,20 +101,20 @@ enum Lab {
         #[arg(long, short)]
         follow: bool,
     },
-    /// Kill a broker (SIGKILL): it gets no chance to say goodbye
+    /// Kill a broker or a running example (SIGKILL): it gets no chance to say goodbye
     Kill {
-        /// A service, or one node of it: kafka, kafka.2
-        target: Target,
+        /// A service, one node of it, or an example: kafka, kafka.2, kafka_admin
+        target: String,
     },
-    /// Freeze a broker (SIGSTOP): its connections stay open and nothing answers
+    /// Freeze a broker or a running example (SIGSTOP): its connections stay open and nothing answers
     Pause {
-        /// A service, or one node of it: kafka, kafka.2
-        target: Target,
+        /// A service, one node of it, or an example: kafka, kafka.2, kafka_admin
+        target: String,
     },
-    /// Let a frozen broker go on (SIGCONT)
+    /// Let a frozen broker or example go on (SIGCONT)
     Resume {
-        /// A service, or one node of it: kafka, kafka.2
-        target: Target,
+        /// A service, one node of it, or an example: kafka, kafka.2, kafka_admin
+        target: String,
     },
     /// Start a broker again on its storage, stopping it first if it runs
     Restart {
@@ -152,7 +164,7 @@ fn main() -> ExitCode {
     match Cli::parse().command.perform() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            say!("error: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -161,7 +173,11 @@ fn main() -> ExitCode {
 impl Lab {
     fn perform(self) -> Result<ExitCode> {
         match self {
-            Lab::List { filter } => list(filter.as_deref())?,
+            Lab::List { filter } => list::list(filter.as_deref())?,
+            Lab::Show { name } => {
+                let workspace = Workspace::load()?;
+                page(&workspace.find(&name)?.description(workspace.root()))?;
+            }
             Lab::Run { release, example } => {
                 let (name, args) = example.split_first().context("which example?")?;
                 return run::run(name, args, release);
@@ -172,7 +188,7 @@ impl Lab {
                 nodes,
                 fresh,
                 ..
-            } => owner::detach(&services, nodes, fresh)?,
+            } => return owner::detach(&services, nodes, fresh),
             Lab::Up {
                 services,
                 nodes,
@@ -187,57 +203,18 @@ impl Lab {
                 lines,
                 follow,
             } => logs(target, lines, follow)?,
-            Lab::Kill { target } => order(Verb::Kill, target, "killed")?,
-            Lab::Pause { target } => order(Verb::Pause, target, "paused")?,
-            Lab::Resume { target } => order(Verb::Resume, target, "resumed")?,
-            Lab::Restart { target } => order(Verb::Restart, target, "restarted")?,
+            Lab::Kill { target } => disturb(Verb::Kill, &target, "killed")?,
+            Lab::Pause { target } => disturb(Verb::Pause, &target, "paused")?,
+            Lab::Resume { target } => disturb(Verb::Resume, &target, "resumed")?,
+            Lab::Restart { target } => {
+                say!("restarting {}…", target.service);
+                order(Verb::Restart, target, "restarted")?;
+            }
             Lab::New { name, path } => new(&name, &path)?,
             Lab::Doctor => return doctor::doctor(),
             Lab::Index { check } => index(check)?,
         }
         Ok(ExitCode::SUCCESS)
-    }
-}
-
-fn list(filter: Option<&str>) -> Result<()> {
-    let workspace = Workspace::load()?;
-    let filter = filter.unwrap_or_default().to_lowercase();
-    let wanted = |example: &ExampleInfo| {
-        example.name.contains(&filter) || example.title.to_lowercase().contains(&filter)
-    };
-    let width = workspace
-        .examples()
-        .iter()
-        .filter(|example| wanted(example))
-        .map(|example| example.name.len())
-        .max();
-    let Some(width) = width else {
-        bail!("no example has '{filter}' in its name or title")
-    };
-    let mut text = String::new();
-    for group in workspace.groups() {
-        let examples: Vec<_> = group
-            .examples
-            .into_iter()
-            .filter(|example| wanted(example))
-            .collect();
-        if examples.is_empty() {
-            continue;
-        }
-        let gap = if text.is_empty() { "" } else { "\n" };
-        writeln!(text, "{gap}{}", group.title)?;
-        for example in examples {
-            writeln!(text, "  {:width$}  {}", example.name, example.title)?;
-        }
-    }
-    print(&text)
-}
-
-/// Prints a whole page. A reader who has seen enough, such as `head`, is no error.
-fn print(text: &str) -> Result<()> {
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        result => result.context("cannot write to standard output"),
     }
 }
 
@@ -252,7 +229,8 @@ fn order(verb: Verb, target: Target, done: &str) -> Result<()> {
     let Target { service, node } = target;
     let entry = entry(&home, service)?;
     registry::send(
-        &entry,
+        entry.owner,
+        &entry.socket,
         &Order {
             verb,
             service: service.to_string(),
@@ -264,8 +242,60 @@ fn order(verb: Verb, target: Target, done: &str) -> Result<()> {
     } else {
         service.to_string()
     };
-    println!("{name}: {done}");
+    out!("{name}: {done}");
     Ok(())
+}
+
+/// Does something to a broker, or to a running example.
+fn disturb(verb: Verb, target: &str, done: &str) -> Result<()> {
+    let home = Home::from_env()?;
+    let runs = registry::runs(&home)?;
+    let (name, number) = target.rsplit_once('.').unwrap_or((target, ""));
+    if Service::ALL.iter().any(|service| service.name() == name) {
+        return order(verb, target.parse()?, done);
+    }
+    let named: Vec<_> = runs.iter().filter(|run| run.name == name).collect();
+    let wanted = match named.as_slice() {
+        [] => return Err(unknown(name, &runs)),
+        [one] if number.is_empty() => one,
+        several if number.is_empty() => {
+            let all: Vec<_> = several.iter().map(|run| numbered(run)).collect();
+            bail!("several {name} are running; name one of {}", all.join(", "))
+        }
+        several => several
+            .iter()
+            .find(|run| run.number.to_string() == number)
+            .with_context(|| {
+                let all: Vec<_> = several.iter().map(|run| numbered(run)).collect();
+                format!("no {target} is running, only {}", all.join(", "))
+            })?,
+    };
+    registry::send(
+        wanted.owner,
+        &wanted.socket,
+        &Order {
+            verb,
+            service: wanted.name.clone(),
+            node: wanted.number,
+        },
+    )?;
+    out!("{target}: {done}");
+    Ok(())
+}
+
+fn numbered(run: &Run) -> String {
+    format!("{}.{}", run.name, run.number)
+}
+
+/// Neither a service nor an example that runs.
+fn unknown(name: &str, runs: &[Run]) -> anyhow::Error {
+    let names = Service::ALL.iter().map(|service| service.name());
+    let names = names.chain(runs.iter().map(|run| run.name.as_str()));
+    let hint = match workspace::nearest(name, names).first() {
+        Some(near) => format!("did you mean '{near}'?"),
+        None => "`cargo lab status` shows what runs".to_owned(),
+    };
+    anyhow!("no service and no example that `cargo lab run` has started is called '{name}'; {hint}")
 }
 
 fn down(services: &[Service]) -> Result<()> {
@@ -282,8 +312,9 @@ fn down(services: &[Service]) -> Result<()> {
                     service: service.to_string(),
                     node: 1,
                 };
-                registry::send(&entry, &order)?;
-                println!("{service}: stopped");
+                say!("stopping {service}…");
+                registry::send(entry.owner, &entry.socket, &order)?;
+                out!("{service}: stopped");
                 stopped += 1;
             }
             None if registry::is_owned(&home, service)? => {
@@ -296,7 +327,7 @@ fn down(services: &[Service]) -> Result<()> {
         }
     }
     if stopped == 0 {
-        println!("nothing to stop");
+        out!("nothing to stop");
     }
     Ok(())
 }
@@ -334,7 +365,20 @@ fn status() -> Result<()> {
             writeln!(text, "{service:10}  -")?;
         }
     }
-    print(&text)
+    let runs = registry::runs(&home)?;
+    if !runs.is_empty() {
+        writeln!(text, "\nexamples")?;
+    }
+    for run in runs {
+        let Run { state, pid, .. } = &run;
+        write!(text, "  {}: {state}, process {pid}", numbered(&run))?;
+        // They tell the stages of a scenario apart.
+        if !run.args.is_empty() {
+            write!(text, ", arguments: {}", run.args.join(" "))?;
+        }
+        text.push('\n');
+    }
+    page(&text)
 }
 
 fn logs(target: Target, lines: usize, follow: bool) -> Result<()> {
@@ -364,7 +408,8 @@ fn logs(target: Target, lines: usize, follow: bool) -> Result<()> {
         tail.arg("-f");
     }
     let status = tail.arg(&path).status().context("cannot run `tail`")?;
-    if !status.success() && !follow {
+    // `tail` is ended by a signal when the reader of a pipe has left.
+    if status.code().is_some_and(|code| code != 0) && !follow {
         bail!("`tail {}` failed", path.display());
     }
     Ok(())
@@ -372,20 +417,35 @@ fn logs(target: Target, lines: usize, follow: bool) -> Result<()> {
 
 fn new(name: &str, path: &std::path::Path) -> Result<()> {
     let workspace = Workspace::load()?;
+    let example = workspace.find(name)?;
     workspace.new_project(name, path)?;
-    let services = &workspace.find(name)?.services;
-    println!("{name} is a project of its own in {}", path.display());
-    if !services.is_empty() {
-        println!("  cargo lab up --detach {}", services.join(" "));
+    let mut text = format!("{name} is a project of its own in {}\n", path.display());
+    let names = example.names()?;
+    if !names.is_empty() {
+        writeln!(text, "change first:")?;
     }
-    println!("  cd '{}' && cargo run", path.display());
-    Ok(())
+    for constant in names {
+        let file = std::path::Path::new("src").join(&constant.file);
+        let place = format!("{}:{}", file.display(), constant.line);
+        writeln!(text, "  {place}  {}", constant.text)?;
+    }
+    for service in &example.services {
+        let variable = service.parse::<Service>()?.variable();
+        writeln!(text, "the address of {service} is read from {variable}")?;
+    }
+    writeln!(text, "to run it:")?;
+    if !example.services.is_empty() {
+        let services = example.services.join(" ");
+        writeln!(text, "  cargo lab up --detach {services}")?;
+    }
+    writeln!(text, "  cd '{}' && cargo run", path.display())?;
+    page(&text)
 }
 
 fn index(check: bool) -> Result<()> {
     let stale = Workspace::load()?.write_indexes(check)?;
     for path in &stale {
-        println!(
+        out!(
             "{} {}",
             if check { "stale:" } else { "written:" },
             path.display()

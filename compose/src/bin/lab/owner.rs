@@ -1,28 +1,33 @@
-//! The process that owns brokers: starts them, takes orders for them, and takes them along when it ends.
+//! The process that owns brokers, and an example if it is a `lab run`: starts them, takes orders for them, and takes
+//! them along when it ends.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::process::{Command, ExitCode, ExitStatus, Stdio};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use compose::broker::{Backend, NodeState, tail};
 use compose::home::Home;
-use compose::registry::{self, Desk, Entry, Lease, Order, Verb};
+use compose::process::Supervised;
+use compose::registry::{self, Desk, Entry, Lease, Order, Run, RunLease, Verb};
 use compose::{Broker, Service};
+use nix::sys::signal::Signal;
 
+use crate::interrupt;
 use crate::ladder::{self, Found};
+use crate::say::{out, say};
 
-/// Brokers that this process runs.
+/// Brokers that this process runs, and the example that it runs on them.
 pub struct Owner {
     home: Home,
     detached: bool,
     socket: PathBuf,
     held: Mutex<BTreeMap<Service, Held>>,
+    example: Mutex<Option<Example>>,
     /// Locked while an order is carried out and answered.
     busy: Mutex<()>,
 }
@@ -35,16 +40,35 @@ struct Held {
     entry: Option<Entry>,
 }
 
+struct Example {
+    process: Supervised,
+    lease: RunLease,
+    /// What was published last.
+    run: Run,
+}
+
+impl Example {
+    fn set_state(&mut self, state: &str) -> Result<()> {
+        if self.run.state != state {
+            self.run.state = state.to_owned();
+            self.lease.publish(&self.run)?;
+        }
+        Ok(())
+    }
+}
+
 impl Owner {
     /// Opens the desk at which other `lab`s give orders.
     pub fn new(home: Home, detached: bool) -> Result<Arc<Owner>> {
         let desk = Desk::open(&home)?;
         let socket = desk.path.clone();
+        interrupt::remove_at_end(socket.clone());
         let owner = Arc::new(Owner {
             home,
             detached,
             socket,
             held: Mutex::new(BTreeMap::new()),
+            example: Mutex::new(None),
             busy: Mutex::new(()),
         });
         let clerk = Arc::clone(&owner);
@@ -62,6 +86,12 @@ impl Owner {
             // Another `lab` was faster by a moment.
             return ladder::find(&self.home, service);
         };
+        interrupt::remove_at_end(lease.file().to_owned());
+        if backend == Backend::Native {
+            // Fetching says by itself what it does.
+            ladder::fetch(&self.home, service)?;
+        }
+        say!("starting {service}…");
         let broker = ladder::start(&self.home, service, backend, nodes, fresh)?;
         let mut held = Held {
             broker,
@@ -141,9 +171,62 @@ impl Owner {
         Ok(used)
     }
 
-    /// Stops everything in an orderly way.
+    /// Starts the example in the foreground, and tells other `lab`s of it.
+    pub fn launch(&self, name: &str, command: &mut Command) -> Result<()> {
+        let lease = RunLease::acquire(&self.home, name)?;
+        interrupt::remove_at_end(lease.file().to_owned());
+        let mut example = lock(&self.example);
+        let process = Supervised::foreground(command)?;
+        let args = command.get_args();
+        let run = Run {
+            name: name.to_owned(),
+            number: lease.number(),
+            args: args.map(|arg| arg.to_string_lossy().into_owned()).collect(),
+            pid: process.pid(),
+            state: RUNNING.to_owned(),
+            owner: std::process::id(),
+            socket: self.socket.clone(),
+        };
+        lease.publish(&run)?;
+        *example = Some(Example {
+            process,
+            lease,
+            run,
+        });
+        Ok(())
+    }
+
+    /// How the example has ended, if it has.
+    pub fn ended(&self) -> Result<Option<ExitStatus>> {
+        let mut example = lock(&self.example);
+        let process = &mut example.as_mut().context("no example was started")?.process;
+        let status = process.try_wait()?;
+        if status.is_some() {
+            // From now on the process id may be that of another program.
+            *example = None;
+        }
+        Ok(status)
+    }
+
+    /// Wakes the example up, if it is paused, and sends it the signal, if there is one.
+    pub fn signal(&self, signal: Option<Signal>) -> Result<()> {
+        let mut example = lock(&self.example);
+        let example = example.as_mut().context("no example was started")?;
+        if let Some(signal) = signal {
+            example.process.signal(signal)?;
+        }
+        example.process.signal(Signal::SIGCONT)?;
+        example.set_state(RUNNING)
+    }
+
+    /// Stops everything in an orderly way, unless an interrupt ends this process before that.
     pub fn stop(&self) -> Result<()> {
+        interrupt::stop_attending();
         let held = std::mem::take(&mut *self.lock());
+        if !held.is_empty() {
+            let names: Vec<_> = held.keys().map(|service| service.name()).collect();
+            say!("stopping {}…", names.join(", "));
+        }
         // The leases are given up only after the brokers have gone: their ports must be free by then.
         let mut leases = Vec::new();
         for (_, held) in held {
@@ -157,7 +240,9 @@ impl Owner {
     }
 
     fn obey(&self, order: &Order) -> Result<()> {
-        let service: Service = order.service.parse()?;
+        let Ok(service) = order.service.parse::<Service>() else {
+            return self.obey_for_example(order);
+        };
         let mut all = self.lock();
         let held = all
             .get_mut(&service)
@@ -185,6 +270,31 @@ impl Owner {
         self.publish(held)
     }
 
+    fn obey_for_example(&self, order: &Order) -> Result<()> {
+        let mut example = lock(&self.example);
+        let example = example
+            .as_mut()
+            .filter(|example| example.run.name == order.service && example.run.number == order.node)
+            .with_context(|| format!("{} does not run here any more", order.service))?;
+        let state = match order.verb {
+            Verb::Kill => {
+                // `ended` will be told how.
+                example.process.kill()?;
+                return Ok(());
+            }
+            Verb::Pause => {
+                example.process.signal(Signal::SIGSTOP)?;
+                PAUSED
+            }
+            Verb::Resume => {
+                example.process.signal(Signal::SIGCONT)?;
+                RUNNING
+            }
+            Verb::Restart | Verb::Down => bail!("{} is an example, not a broker", order.service),
+        };
+        example.set_state(state)
+    }
+
     fn publish(&self, held: &mut Held) -> Result<()> {
         let entry = registry::describe(&held.broker, &self.socket, self.detached, &held.paused)?;
         if held.entry.as_ref() != Some(&entry) {
@@ -195,30 +305,16 @@ impl Owner {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Service, Held>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.held)
     }
 }
 
-/// Set as soon as an interrupt is awaited.
-static ATTENTIVE: AtomicBool = AtomicBool::new(false);
+/// The states of an example.
+const RUNNING: &str = "running";
+const PAUSED: &str = "paused";
 
-/// From here on interrupts are awaited, and do not end the process any more.
-pub fn attend() {
-    ATTENTIVE.store(true, Ordering::SeqCst);
-}
-
-/// Ctrl-C and SIGTERM, one message each. Until [`attend`] is called they end the process at once: a fetch or the start
-/// of a broker can take minutes, and what was started goes with this process, however that ends.
-pub fn interrupts() -> Result<Receiver<()>> {
-    let (sender, receiver) = mpsc::channel();
-    ctrlc::set_handler(move || {
-        if !ATTENTIVE.load(Ordering::SeqCst) {
-            std::process::exit(130);
-        }
-        let _ = sender.send(());
-    })
-    .context("cannot catch Ctrl-C")?;
-    Ok(receiver)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// `lab up`: starts the services and keeps them until Ctrl-C, SIGTERM, or until all have been taken down.
@@ -227,26 +323,26 @@ pub fn up(services: &[Service], nodes: u16, fresh: bool, hold: bool) -> Result<(
         // A session of its own, so that closing the terminal does not take the brokers along.
         nix::unistd::setsid().context("cannot leave the terminal's session")?;
     }
-    let interrupted = interrupts()?;
+    let interrupted = interrupt::catch()?;
     let owner = Owner::new(Home::from_env()?, hold)?;
     for service in services {
         match owner.start(*service, nodes, fresh)? {
-            None => println!(
+            None => out!(
                 "{service:10}  {}",
                 owner.describe(*service).unwrap_or_default()
             ),
             Some(found) => {
                 refuse_changes(*service, nodes, fresh)?;
-                println!("{service:10}  {} (runs already)", found.address());
+                out!("{service:10}  {} (runs already)", found.address());
             }
         }
     }
-    attend();
+    interrupt::attend();
     if owner.is_empty() {
         return owner.stop();
     }
     if !hold {
-        println!("Ctrl-C stops what was started here");
+        out!("Ctrl-C stops what was started here");
     }
     loop {
         match interrupted.recv_timeout(Duration::from_millis(300)) {
@@ -254,10 +350,10 @@ pub fn up(services: &[Service], nodes: u16, fresh: bool, hold: bool) -> Result<(
             Err(RecvTimeoutError::Timeout) => {}
         }
         for (service, node, log) in owner.look()? {
-            println!(
+            out!(
                 "{service}.{node} has ended; `cargo lab restart {service}.{node}` starts it again"
             );
-            println!("{}", tail(&log, 3));
+            out!("{}", tail(&log, 3));
         }
         if owner.is_empty() {
             return owner.stop();
@@ -277,20 +373,21 @@ fn refuse_changes(service: Service, nodes: u16, fresh: bool) -> Result<()> {
 }
 
 /// `lab up --detach`: the same in a background process, from which this one returns as soon as all serve.
-pub fn detach(services: &[Service], nodes: u16, fresh: bool) -> Result<()> {
+pub fn detach(services: &[Service], nodes: u16, fresh: bool) -> Result<ExitCode> {
+    let interrupted = interrupt::catch()?;
     let home = Home::from_env()?;
     let mut wanted = Vec::new();
     for service in services {
         match ladder::find(&home, *service)? {
             Some(found) => {
                 refuse_changes(*service, nodes, fresh)?;
-                println!("{service:10}  {} (runs already)", found.address());
+                out!("{service:10}  {} (runs already)", found.address());
             }
             None => wanted.push(*service),
         }
     }
     if wanted.is_empty() {
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
     for service in &wanted {
         // Fetching shows its progress, so it is done here.
@@ -305,6 +402,9 @@ pub fn detach(services: &[Service], nodes: u16, fresh: bool) -> Result<()> {
         command.arg("--fresh");
     }
     command.args(wanted.iter().map(|service| service.name()));
+    let names: Vec<_> = wanted.iter().map(|service| service.name()).collect();
+    say!("starting {}…", names.join(", "));
+    interrupt::attend();
     let mut holder = command
         .stdin(Stdio::null())
         .stdout(out.try_clone()?)
@@ -322,9 +422,9 @@ pub fn detach(services: &[Service], nodes: u16, fresh: bool) -> Result<()> {
                         format!("{service} was stopped as soon as it had started")
                     })?;
                     let address = entry.env.first().map_or("", |(_, address)| address);
-                    println!("{service:10}  {address} (runs already)");
+                    out!("{service:10}  {address} (runs already)");
                 }
-                return Ok(());
+                return Ok(ExitCode::SUCCESS);
             }
             bail!(
                 "the background process ended ({status}):\n{}",
@@ -335,13 +435,18 @@ pub fn detach(services: &[Service], nodes: u16, fresh: bool) -> Result<()> {
             match registry::find(&home, service)? {
                 Some(entry) if entry.owner == holder.id() => {
                     let address = entry.env.first().map_or("", |(_, address)| address);
-                    println!("{service:10}  {address}   {}", entry.web.join(" "));
+                    out!("{service:10}  {address}   {}", entry.web.join(" "));
                 }
                 _ => waiting.push(service),
             }
         }
-        std::thread::sleep(Duration::from_millis(50));
+        if interrupted.recv_timeout(Duration::from_millis(50)) != Err(RecvTimeoutError::Timeout) {
+            // It has left the terminal's session, so no Ctrl-C reaches it there.
+            holder.kill().context("cannot end the background process")?;
+            holder.wait()?;
+            return Ok(ExitCode::from(interrupt::EXIT_CODE));
+        }
     }
-    println!("`cargo lab down` stops what was started here");
-    Ok(())
+    out!("`cargo lab down` stops what was started here");
+    Ok(ExitCode::SUCCESS)
 }

@@ -7,30 +7,39 @@ use std::time::Duration;
 use anyhow::Result;
 use compose::Service;
 use compose::home::Home;
-use compose::process::Supervised;
 use compose::registry::Use;
 use compose::workspace::Workspace;
 use nix::sys::signal::Signal;
 
-use crate::build;
 use crate::ladder::{self, Found};
-use crate::owner::{self, Owner};
+use crate::owner::Owner;
+use crate::say::{page, say};
+use crate::{build, interrupt};
 
 /// Builds the example, starts what it needs and is not there, runs it, and stops what was started.
 ///
 /// The exit code is the example's.
 pub fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode> {
-    let interrupted = owner::interrupts()?;
-    let home = Home::from_env()?;
+    let interrupted = interrupt::catch()?;
     let workspace = Workspace::load()?;
     let example = workspace.find(name)?;
+    // Whoever asks for help needs no broker, and no build either where the header is all the help there is.
+    let help = args
+        .first()
+        .is_some_and(|arg| arg == "--help" || arg == "-h");
+    if help && !example.parses_arguments()? {
+        page(&example.description(workspace.root()))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let home = Home::from_env()?;
     let program = build::build(&workspace, name, release)?;
 
     let owner = Owner::new(home.clone(), false)?;
     let mut environment = Vec::new();
     let mut uses = Vec::new();
     let mut mocked = false;
-    for service in &example.services {
+    let services = if help { &[][..] } else { &example.services };
+    for service in services {
         let service: Service = service.parse()?;
         match owner.start(service, example.nodes, false)? {
             None => {}
@@ -38,13 +47,13 @@ pub fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode> {
             Some(Found::Lab(entry)) => {
                 uses.push(Use::of(&home, service)?);
                 if entry.backend == "mock" {
-                    eprintln!("{}", ladder::MOCK_WARNING);
+                    say!("{}", ladder::MOCK_WARNING);
                     mocked = true;
                 }
                 environment.extend(entry.env);
             }
             Some(Found::Port(address)) => {
-                eprintln!("{service}: using the one that listens at {address}");
+                say!("{service}: using the one that listens at {address}");
                 environment.push((service.variable().to_owned(), address));
             }
         }
@@ -56,19 +65,25 @@ pub fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode> {
         environment.push(("LAB_MOCK".to_owned(), "1".to_owned()));
     }
 
-    owner::attend();
+    interrupt::attend();
     let mut command = Command::new(&program);
     command.args(args).envs(environment);
-    let mut process = Supervised::foreground(&mut command)?;
+    owner.launch(name, &mut command)?;
+    let mut interrupts = 0;
     let status = loop {
-        if let Some(status) = process.try_wait()? {
+        if let Some(status) = owner.ended()? {
             break status;
         }
-        match interrupted.recv_timeout(Duration::from_millis(20)) {
-            // In a terminal the Ctrl-C has reached the example too; a second one could mean "at once" to it.
-            Ok(()) if !from_terminal() => process.signal(Signal::SIGINT)?,
-            Ok(()) | Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => break process.wait()?,
+        if interrupted.recv_timeout(Duration::from_millis(20)) != Err(RecvTimeoutError::Timeout) {
+            interrupts += 1;
+            match interrupts {
+                // In a terminal the Ctrl-C has reached the example too; a second one could mean "at once" to it.
+                1 | 2 => owner.signal((!from_terminal()).then_some(Signal::SIGINT))?,
+                _ => owner.signal(Some(Signal::SIGKILL))?,
+            }
+            if interrupts == 2 {
+                say!("{name} is still ending; one more Ctrl-C kills it");
+            }
         }
         owner.look()?;
     };
@@ -76,13 +91,13 @@ pub fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode> {
     wait_for_others(&owner, &interrupted)?;
     owner.stop()?;
     if mocked {
-        eprintln!("that ran on librdkafka's mock cluster: what is not guaranteed is said above");
+        say!("that ran on librdkafka's mock cluster: what is not guaranteed is said above");
     }
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     match code {
         Some(code) => Ok(ExitCode::from(code)),
         None => {
-            eprintln!("{name} was ended by a signal ({status})");
+            say!("{name} was ended by a signal ({status})");
             Ok(ExitCode::FAILURE)
         }
     }
@@ -98,7 +113,7 @@ fn wait_for_others(owner: &Owner, interrupted: &std::sync::mpsc::Receiver<()>) -
         }
         if !said {
             let names: Vec<_> = used.iter().map(ToString::to_string).collect();
-            eprintln!(
+            say!(
                 "{}: still used by another `lab run`; stops with it, or at once by Ctrl-C",
                 names.join(", ")
             );

@@ -58,9 +58,10 @@
 //! Notice: `email` and `audit` were not there when the events were published. Several instances of a service
 //! share its work, by a queue group or by the durable consumer of its name. They share its books, too.
 //!
-//! Try: `kill -9` a service during `event_bus user --durable --users 5000 --rate 100`, and start it again; then
-//! `event_bus report`. `nats pub event-bus.user.created hello`: that is no event. The same without `--durable`:
-//! what was published while a service was down is gone. SMTP_URL with nobody behind it, and then with.
+//! Try: `cargo lab kill event_bus.2`, or another service, during
+//! `event_bus user --durable --users 5000 --rate 100`, and start it again; then `event_bus report`.
+//! `nats pub event-bus.user.created hello`: that is no event. The same without `--durable`: what was
+//! published while a service was down is gone. SMTP_URL with nobody behind it, and then with.
 //!
 //! What is not promised: JetStream syncs to disk every two minutes by default, so this is survival of a process
 //! crash, not of a power loss. A mail server that does not look at the Message-ID delivers a repeated mail

@@ -63,8 +63,9 @@
 //! the like become `timestamp`, `message`, `level`; the other fields of a JSON line are below `fields`, with all
 //! their digits, and not indexed.
 //!
-//! Try: `ingest` a large file and `kill -9` it, start it again. `cargo lab kill opensearch`, look at the
-//! log, `cargo lab restart opensearch`. Write garbage to `logs` with another producer.
+//! Try: `ingest` a large file, find it in `cargo lab status`, `cargo lab kill log_aggregation.1`, and
+//! start it again. `cargo lab kill opensearch`, look at the log, `cargo lab restart opensearch`. Write
+//! garbage to `logs` with another producer.
 //!
 //! What is not promised: a kill leaves the page cache, so this is survival of a process crash, not of a power
 //! loss. If a file is rotated twice while nobody reads it, the one in the middle must be ingested by name.

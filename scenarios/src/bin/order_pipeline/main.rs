@@ -56,12 +56,13 @@
 //! the transactions (`enable.auto.commit` is off), and start at `earliest`: a group that starts at
 //! `latest` loses what came before its first commit. Money is an integer; 0.1 + 0.2 of an `f64` is not 0.3.
 //!
-//! Try: `kill -9` a stage in the middle of `order_pipeline place --orders 50000`, and start it again.
-//! `cargo lab kill kafka`, then `cargo lab restart kafka`. Start a second `payment`: the first one says
-//! that it was replaced and ends; with `--instance 1` they share the work instead. Place your own orders
-//! with `--from orders.jsonl`, one `{"order_id":"1","user_id":"ann","amount":1250}` per line, and make a
-//! line wrong. See unloaded latency with `--rate 100`. Kill a stage and leave it dead: the others wait
-//! for its open transaction until the broker aborts it, after `transaction.timeout.ms`.
+//! Try: `cargo lab kill order_pipeline.2`, or another stage, in the middle of
+//! `order_pipeline place --orders 50000`, and start it again. `cargo lab kill kafka`, then
+//! `cargo lab restart kafka`. Start a second `payment`: the first one says that it was replaced and
+//! ends; with `--instance 1` they share the work instead. Place your own orders with
+//! `--from orders.jsonl`, one `{"order_id":"1","user_id":"ann","amount":1250}` per line, and make a line
+//! wrong. See unloaded latency with `--rate 100`. Kill a stage and leave it dead: the others wait for
+//! its open transaction until the broker aborts it, after `transaction.timeout.ms`.
 //!
 //! What is not promised: a kill leaves the page cache, so this proves survival of a process crash, not
 //! of a power loss (Kafka needs replicas for that). Every process of a service must use the same books,
