@@ -21,6 +21,7 @@ mod tool;
 mod truststore;
 
 pub use rabbitmq::RabbitMq;
+pub use tool::{Progress, say};
 
 const KAFKA: &str = include_str!("../../kafka/pom.xml");
 const PULSAR: &str = include_str!("../../pulsar/pom.xml");

@@ -305,7 +305,7 @@ fn last_words(said: &str) -> Vec<String> {
 static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// A line for the reader, on stderr, without tearing a bar apart.
-pub(super) fn say(line: &str) {
+pub fn say(line: &str) {
     BARS.suspend(|| write_line(line));
 }
 
@@ -314,14 +314,20 @@ fn write_line(line: &str) {
     let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
-/// What is shown while something is fetched: a bar on a terminal, else a line at the start and one at the end.
-pub(super) struct Progress {
+/// What is shown while something is fetched or built: a bar on a terminal, else a line at the start and one at the end.
+#[derive(Debug)]
+pub struct Progress {
     bar: ProgressBar,
     started: Instant,
 }
 
 impl Progress {
     pub(super) fn start(label: &str, by: &str) -> Progress {
+        Progress::titled(label, &format!("fetching {label} by {by}"))
+    }
+
+    /// `label` stands before the bar, `line` is what is said where there is no terminal.
+    pub fn titled(label: &str, line: &str) -> Progress {
         let bar = if io::stderr().is_terminal() {
             let bar = BARS.add(ProgressBar::new_spinner());
             bar.set_style(spinner());
@@ -329,7 +335,7 @@ impl Progress {
             bar.set_prefix(label.to_owned());
             bar
         } else {
-            write_line(&format!("fetching {label} by {by}"));
+            write_line(line);
             ProgressBar::hidden()
         };
         Progress {
@@ -338,7 +344,8 @@ impl Progress {
         }
     }
 
-    pub(super) fn show(&self, message: impl Into<String>) {
+    /// What it does at the moment.
+    pub fn show(&self, message: impl Into<String>) {
         self.bar.set_message(message.into());
     }
 

@@ -1,22 +1,24 @@
 //! Builds an example and says where its program is.
 
 use std::fs::{File, TryLockError};
-use std::io::Read;
+use std::io::{BufRead, BufReader, IsTerminal, Read};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{ChildStderr, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use cargo_metadata::Message;
+use compose::fetch::{self, Progress};
 use compose::process::Supervised;
 use compose::workspace::Workspace;
 
 use crate::say::say;
 
-/// Cargo's own output goes to the terminal as it is.
+/// Cargo's own output goes to the terminal as it is; unless a broker is being `fetched` at the same time, and both would
+/// draw on the same line.
 ///
 /// # Errors
 /// There is no such example, or it does not compile.
-pub fn build(workspace: &Workspace, name: &str, release: bool) -> Result<PathBuf> {
+pub fn build(workspace: &Workspace, name: &str, release: bool, fetched: bool) -> Result<PathBuf> {
     let example = workspace.find(name)?;
     let whole = workspace.is_built_as_a_whole(release);
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -49,17 +51,31 @@ pub fn build(workspace: &Workspace, name: &str, release: bool) -> Result<PathBuf
         command.arg("--release");
     }
     await_other_cargo(workspace, release);
-    say!("building {name}…");
+    let stderr = if fetched {
+        Stdio::piped()
+    } else {
+        say!("building {name}…");
+        Stdio::inherit()
+    };
     // With a watcher and in a process group of its own: when an interrupt ends this process, no compiler goes on.
-    let mut process = Supervised::spawn(&command, Stdio::piped(), Stdio::inherit(), None)
+    let mut process = Supervised::spawn(&command, Stdio::piped(), stderr, None)
         .context("cannot run cargo to build the example")?;
+    let shown = process.take_stderr().map(|stderr| {
+        let name = name.to_owned();
+        std::thread::spawn(move || show(&name, stderr))
+    });
     let mut messages = Vec::new();
     process
         .take_stdout()
         .context("cargo has no standard output")?
         .read_to_end(&mut messages)
         .context("cargo's messages cannot be read")?;
-    if !process.wait()?.success() {
+    let status = process.wait()?;
+    if let Some(shown) = shown {
+        // All that cargo complains about stands before the error.
+        let _ = shown.join();
+    }
+    if !status.success() {
         bail!("{name} does not build; see above");
     }
     for message in Message::parse_stream(messages.as_slice()) {
@@ -72,6 +88,22 @@ pub fn build(workspace: &Workspace, name: &str, release: bool) -> Result<PathBuf
         }
     }
     bail!("cargo built no program called {name}")
+}
+
+/// Shows what cargo says, beside the bar of a fetch.
+fn show(name: &str, stderr: ChildStderr) {
+    let progress = Progress::titled(name, &format!("building {name}…"));
+    let on_terminal = std::io::stderr().is_terminal();
+    let mut compiled = 0;
+    for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+        match line.trim_start().strip_prefix("Compiling ") {
+            Some(package) if on_terminal => {
+                compiled += 1;
+                progress.show(format!("building, {compiled} crates, {package}"));
+            }
+            _ => fetch::say(&line),
+        }
+    }
 }
 
 /// Waits as cargo itself would, but says so in plain words. If it cannot be told whether another cargo builds, that is

@@ -152,7 +152,7 @@ pub fn start(
         Backend::Native => Broker::shared(service, home, nodes, fresh),
         Backend::Docker => Broker::docker(service, home),
         Backend::Mock => {
-            let program = build::build(&Workspace::load()?, "kafka_mock_cluster", false)?;
+            let program = build::build(&Workspace::load()?, "kafka_mock_cluster", false, false)?;
             let broker = Broker::mock(&program, home)?;
             say!("{MOCK_WARNING}");
             Ok(broker)

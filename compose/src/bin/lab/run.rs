@@ -2,10 +2,12 @@
 
 use std::process::{Command, ExitCode};
 use std::sync::mpsc::RecvTimeoutError;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::Result;
 use compose::Service;
+use compose::fetch;
 use compose::home::Home;
 use compose::registry::Use;
 use compose::workspace::Workspace;
@@ -32,15 +34,26 @@ pub fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let home = Home::from_env()?;
-    let program = build::build(&workspace, name, release)?;
+    let mut services = Vec::new();
+    if !help {
+        for service in &example.services {
+            services.push(service.parse()?);
+        }
+    }
+    // Both take a minute the first time, and neither needs the other.
+    let fetch = fetch_meanwhile(&home, &services);
+    let program = build::build(&workspace, name, release, fetch.is_some())?;
+    if let Some(fetch) = fetch {
+        fetch
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    }
 
     let owner = Owner::new(home.clone(), false)?;
     let mut environment = Vec::new();
     let mut uses = Vec::new();
     let mut mocked = false;
-    let services = if help { &[][..] } else { &example.services };
     for service in services {
-        let service: Service = service.parse()?;
         match owner.start(service, example.nodes, false)? {
             None => {}
             Some(Found::Variable(_)) => {}
@@ -101,6 +114,28 @@ pub fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode> {
             Ok(ExitCode::FAILURE)
         }
     }
+}
+
+/// Fetches what is missing of the brokers that will have to be started, on a thread of its own. If this process ends
+/// first, the fetch ends with it.
+fn fetch_meanwhile(home: &Home, services: &[Service]) -> Option<JoinHandle<Result<()>>> {
+    let missing = |service: &&Service| {
+        let plan = fetch::plan(home, service.name());
+        plan.missing().is_empty() && !plan.is_ready()
+    };
+    let missing: Vec<Service> = services.iter().filter(missing).copied().collect();
+    if missing.is_empty() {
+        return None;
+    }
+    let home = home.clone();
+    Some(std::thread::spawn(move || {
+        for service in missing {
+            if ladder::find(&home, service)?.is_none() {
+                ladder::fetch(&home, service)?;
+            }
+        }
+        Ok(())
+    }))
 }
 
 /// Another `lab run` may have come to depend on what this one started.
