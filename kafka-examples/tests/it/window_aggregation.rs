@@ -27,11 +27,11 @@ fn generate(kafka: &Broker, start: &str) -> Result<String> {
     Ok(views.wait(SOON)?.ok()?.stdout)
 }
 
+/// Small transactions, so that a kill finds one open.
 fn aggregation(kafka: &Broker, idle_ms: &str) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_window_aggregation"))
         .env("IDLE_MS", idle_ms)
-        // Many small transactions, so that a kill finds one open.
-        .env("BATCH", "5")
+        .env("BATCH", "10")
         .broker(kafka)
         .spawn()
 }
@@ -319,7 +319,7 @@ async fn a_backlog_is_not_late_and_a_page_in_two_partitions_is_the_sum_of_both()
     creator.wait_for("partition 1: from offset 0", SOON)?;
     creator.interrupt()?;
     creator.wait(SOON)?.ok()?;
-    // Ten minutes of the same page in both, in order. With five in a transaction, either takes longer than IDLE_MS.
+    // Ten minutes of the same page in both, in order. With ten in a transaction, either takes longer than IDLE_MS.
     let seconds = |partition| (0..600).map(move |second| (partition, page("/both", 1000 * second)));
     views(&kafka, seconds(0).chain(seconds(1))).await?;
     let mut running = aggregation(&kafka, "500")?;
@@ -331,6 +331,20 @@ async fn a_backlog_is_not_late_and_a_page_in_two_partitions_is_the_sum_of_both()
     // The last window is open.
     assert_eq!((found.len(), results), (119, 2 * 119));
     assert!(found.values().all(|views| *views == 10), "{found:?}");
+    for partition in 0..2 {
+        let (mut first, mut last) = (i64::MAX, 0);
+        for count in read(&kafka, COUNTS, "read_committed")? {
+            let payload = std::str::from_utf8(count.payload().context("empty")?)?;
+            if number(payload, "partition")? == partition {
+                let at = count.timestamp().to_millis().context("no time")?;
+                (first, last) = (first.min(at), last.max(at));
+            }
+        }
+        ensure!(
+            last - first > 500,
+            "too fast to prove it: {first} to {last}"
+        );
+    }
     Ok(())
 }
 
