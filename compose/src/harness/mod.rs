@@ -69,7 +69,7 @@ enum Input {
 /// A limit for what a test waits for and nothing depends on: it only bounds how long a failure takes.
 ///
 /// Not for a test of how long something takes at most; that has a limit of its own.
-pub const SOON: Duration = Duration::from_secs(180);
+pub const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Sees to it that programs started from here can be interrupted.
 ///
@@ -665,7 +665,7 @@ pub fn closed_pipe(
         let pipe = Example::new("/bin/sh").args(["-c", script, program]);
         running.push((program, prepare(pipe.args(*args)).spawn()?, feeder));
     }
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     while !running.is_empty() {
         let mut left = Vec::new();
         for (program, mut pipe, feeder) in running {
@@ -675,12 +675,12 @@ pub fn closed_pipe(
                     // Without its consumer it may fail.
                     prepare(Example::new(feeder).args(*args))
                         .spawn()?
-                        .wait(SOON)?;
+                        .wait(TIMEOUT)?;
                 }
                 left.push((program, pipe, feeder));
                 continue;
             }
-            let ended = pipe.wait(SOON)?;
+            let ended = pipe.wait(TIMEOUT)?;
             ensure!(
                 ended.stdout.lines().count() == 1 && ended.stderr.contains("Broken pipe"),
                 "{program} ended for another reason: {}{}",
@@ -739,7 +739,7 @@ pub fn transcripts_with<B: Borrow<Broker>>(
             Ok(seconds) => seconds
                 .parse()
                 .context("TRANSCRIPT_TIMEOUT is a number of seconds")?,
-            Err(_) => SOON.as_secs(),
+            Err(_) => TIMEOUT.as_secs(),
         };
         let filter = std::env::var("TRANSCRIPT").unwrap_or_default();
         let suite = Suite {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use compose::harness::{Example, SOON};
+use compose::harness::{Example, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
@@ -20,10 +20,10 @@ async fn runs_again_from_any_state_and_respects_a_group_in_use() -> Result<()> {
         Example::new(env!("CARGO_BIN_EXE_kafka_admin"))
             .broker(&kafka)
             .spawn()?
-            .wait(SOON)
+            .wait(TIMEOUT)
     };
     let topics = || -> Result<Vec<String>> {
-        let metadata = admin.inner().fetch_metadata(None, SOON)?;
+        let metadata = admin.inner().fetch_metadata(None, TIMEOUT)?;
         let names = metadata.topics().iter().map(|topic| topic.name());
         Ok(names
             .filter(|name| !name.starts_with("__"))

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use compose::harness::{Example, SOON};
+use compose::harness::{Example, TIMEOUT};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
@@ -17,7 +17,7 @@ fn each_record_is_at_the_printed_partition_and_offset() -> Result<()> {
         .args(["7"])
         .broker(&kafka)
         .spawn()?
-        .wait(SOON)?
+        .wait(TIMEOUT)?
         .ok()?;
     assert_eq!(ended.stdout.lines().count(), 7);
 

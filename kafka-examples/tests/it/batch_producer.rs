@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use compose::Broker;
-use compose::harness::{Example, SOON};
+use compose::harness::{Example, TIMEOUT};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
@@ -19,7 +19,7 @@ fn read_all(kafka: &Broker, topic: &str, partitions: i32) -> Result<HashMap<Stri
     let mut all = TopicPartitionList::new();
     let mut expected = 0;
     for partition in 0..partitions {
-        let (low, high) = reader.fetch_watermarks(topic, partition, SOON)?;
+        let (low, high) = reader.fetch_watermarks(topic, partition, TIMEOUT)?;
         expected += high - low;
         all.add_partition_offset(topic, partition, Offset::Beginning)?;
     }
@@ -40,7 +40,7 @@ fn read_all(kafka: &Broker, topic: &str, partitions: i32) -> Result<HashMap<Stri
 fn what_is_sent_is_there_once_and_the_window_sets_the_rate() -> Result<()> {
     let kafka = shared::kafka(&["kafka_batch_producer"])?;
     let producer = Example::new(env!("CARGO_BIN_EXE_kafka_batch_producer"));
-    let ended = producer.broker(&kafka).spawn()?.wait(SOON)?.ok()?;
+    let ended = producer.broker(&kafka).spawn()?.wait(TIMEOUT)?.ok()?;
 
     let mut rates = HashMap::new();
     let mut refused_run = 0;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use compose::harness::{Example, SOON, broker_absent};
+use compose::harness::{Example, TIMEOUT, broker_absent};
 use compose::{Broker, Service};
 
 #[test]
@@ -117,7 +117,7 @@ fn ctrl_c_ends_every_consumer_although_the_broker_died() -> Result<()> {
     };
     // One after another: each has to be served within seconds by a broker that has just started.
     for (writer, args, ..) in &consumers {
-        example(writer).args(args).spawn()?.wait(SOON)?.ok()?;
+        example(writer).args(args).spawn()?.wait(TIMEOUT)?.ok()?;
     }
     let mut running = Vec::new();
     for (.., consumer, _) in &consumers {
@@ -128,7 +128,7 @@ fn ctrl_c_ends_every_consumer_although_the_broker_died() -> Result<()> {
     running.push(example(tuned).args(["10", "10", "10"]).spawn()?);
     let first = consumers.iter().map(|(.., first)| *first);
     for (process, first) in running.iter_mut().zip(first.chain(["offset 0: done"])) {
-        process.wait_for(first, SOON)?;
+        process.wait_for(first, TIMEOUT)?;
     }
     kafka.kill(1)?;
     for process in &mut running {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use compose::Broker;
-use compose::harness::{Example, Finished, Running, SOON};
+use compose::harness::{Example, Finished, Running, TIMEOUT};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::client::DefaultClientContext;
@@ -18,13 +18,13 @@ fn table(kafka: &Broker) -> Example {
 }
 
 fn change<const N: usize>(kafka: &Broker, args: [&str; N]) -> Result<Finished> {
-    table(kafka).args(args).spawn()?.wait(SOON)?.ok()
+    table(kafka).args(args).spawn()?.wait(TIMEOUT)?.ok()
 }
 
 /// The table, and from how many records it was read.
 fn read(kafka: &Broker) -> Result<(BTreeMap<String, u64>, u64, Running)> {
     let mut reader = table(kafka).spawn()?;
-    let summary = reader.wait_for("up to date: ", SOON)?;
+    let summary = reader.wait_for("up to date: ", TIMEOUT)?;
     let (_, from) = summary.split_once(" from ").context("no count")?;
     let records = from.split(' ').next().unwrap_or_default().parse()?;
     let mut prices = BTreeMap::new();
@@ -73,16 +73,16 @@ async fn an_empty_value_is_no_tombstone_and_nonsense_changes_nothing() -> Result
     for payload in [&b""[..], b"\xff", b"-1", b"99999999999999999999999"] {
         let record = FutureRecord::to("compacted-table.prices");
         let record = record.key("apple").payload(payload);
-        producer.send(record, SOON).await.map_err(|(e, _)| e)?;
+        producer.send(record, TIMEOUT).await.map_err(|(e, _)| e)?;
     }
     let key = &b"\xff"[..];
     let record = FutureRecord::to("compacted-table.prices")
         .key(key)
         .payload("1");
-    producer.send(record, SOON).await.map_err(|(e, _)| e)?;
+    producer.send(record, TIMEOUT).await.map_err(|(e, _)| e)?;
     let keyless = FutureRecord::<str, str>::to("compacted-table.prices").payload("1");
     ensure!(
-        producer.send(keyless, SOON).await.is_err(),
+        producer.send(keyless, TIMEOUT).await.is_err(),
         "no key, no row"
     );
 
@@ -95,9 +95,9 @@ async fn an_empty_value_is_no_tombstone_and_nonsense_changes_nothing() -> Result
     let skipped = skipped.iter().filter(|line| line.contains(" skipped: "));
     assert_eq!(skipped.count(), 5);
     change(&kafka, ["set", "apple", "2"])?;
-    reader.wait_for("apple = 2", SOON)?;
+    reader.wait_for("apple = 2", TIMEOUT)?;
     reader.interrupt()?;
-    reader.wait(SOON)?.ok()?;
+    reader.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -114,11 +114,14 @@ async fn what_was_not_written_is_not_reported_as_filled() -> Result<()> {
     let altered = admin.alter_configs([&limit], &AdminOptions::new()).await?;
     ensure!(altered.iter().all(Result::is_ok), "{altered:?}");
     // It is in force a moment later.
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     while change(&kafka, ["set", "apple", "1"]).is_ok() {
         ensure!(Instant::now() < deadline, "the limit is not in force");
     }
-    let ended = table(&kafka).args(["fill", "25000"]).spawn()?.wait(SOON)?;
+    let ended = table(&kafka)
+        .args(["fill", "25000"])
+        .spawn()?
+        .wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1, "{}", ended.stdout);
     let message = "Error: not all records were written";
     assert!(ended.stderr.contains(message), "{}", ended.stderr);

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use compose::harness::{Example, SOON};
+use compose::harness::{Example, TIMEOUT};
 
 use crate::shared;
 
@@ -35,7 +35,7 @@ fn the_table_tells_what_is_stored() -> Result<()> {
         Example::new(env!("CARGO_BIN_EXE_kafka_compression"))
             .broker(&kafka)
             .spawn()?
-            .wait(SOON)?
+            .wait(TIMEOUT)?
             .ok()
     };
     let stdout = run()?.stdout;

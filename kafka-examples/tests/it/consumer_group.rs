@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use compose::harness::{Example, Running, SOON};
+use compose::harness::{Example, Running, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
@@ -21,7 +21,7 @@ fn member(kafka: &Broker) -> Result<Running> {
 /// One that has been assigned the whole topic.
 fn only_member(kafka: &Broker) -> Result<Running> {
     let mut member = member(kafka)?;
-    member.wait_for("assigned: [0, 1, 2]", SOON)?;
+    member.wait_for("assigned: [0, 1, 2]", TIMEOUT)?;
     Ok(member)
 }
 
@@ -45,7 +45,7 @@ async fn send(producer: &FutureProducer, partition: i32, payload: &str) -> Resul
         .partition(partition)
         .payload(payload);
     producer
-        .send(record, SOON)
+        .send(record, TIMEOUT)
         .await
         .map_err(|(error, _)| error)?;
     Ok(())
@@ -59,7 +59,7 @@ fn committed(kafka: &Broker) -> Result<BTreeMap<i32, i64>> {
         .create()?;
     let mut list = TopicPartitionList::new();
     list.add_partition_range("orders", 0, 2);
-    let list = observer.committed_offsets(list, SOON)?;
+    let list = observer.committed_offsets(list, TIMEOUT)?;
     let position = |offset| match offset {
         Offset::Offset(next) => next,
         _ => 0,
@@ -98,12 +98,12 @@ async fn after_sigkill_nothing_is_lost_and_the_position_was_never_ahead() -> Res
     let mut first = only_member(&kafka)?;
     produce(&kafka, 0..20).await?;
     for _ in 0..10 {
-        first.wait_for("processed: ", SOON)?;
+        first.wait_for("processed: ", TIMEOUT)?;
     }
-    first.wait_for("committed: ", SOON)?;
+    first.wait_for("committed: ", TIMEOUT)?;
     // Between two commits, which are a second apart; frozen, so that none comes while the test looks.
     loop {
-        first.wait_for("processed: ", SOON)?;
+        first.wait_for("processed: ", TIMEOUT)?;
         first.pause()?;
         if committed(&kafka)?.values().sum::<i64>() < processed(&first.lines()).len() as i64 {
             break;
@@ -111,7 +111,7 @@ async fn after_sigkill_nothing_is_lost_and_the_position_was_never_ahead() -> Res
         first.resume()?;
     }
     first.kill()?;
-    first.wait(SOON)?;
+    first.wait(TIMEOUT)?;
     let before = processed(&first.lines());
     let done = per_partition(&before);
     let position = committed(&kafka)?;
@@ -128,10 +128,10 @@ async fn after_sigkill_nothing_is_lost_and_the_position_was_never_ahead() -> Res
 
     let mut second = member(&kafka)?;
     let mut all: HashSet<_> = before.iter().cloned().collect();
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     while all.len() < 60 {
         ensure!(Instant::now() < deadline, "only {} of 60 orders", all.len());
-        second.wait_for("processed: ", SOON)?;
+        second.wait_for("processed: ", TIMEOUT)?;
         all.extend(processed(&second.lines()));
     }
     let after = processed(&second.lines());
@@ -155,12 +155,12 @@ async fn ctrl_c_commits_exactly_what_was_processed() -> Result<()> {
     let mut member = only_member(&kafka)?;
     produce(&kafka, 0..20).await?;
     for _ in 0..15 {
-        member.wait_for("processed: ", SOON)?;
+        member.wait_for("processed: ", TIMEOUT)?;
     }
     // In the middle of an order.
-    member.wait_for("topic orders", SOON)?;
+    member.wait_for("topic orders", TIMEOUT)?;
     member.interrupt()?;
-    let ended = member.wait(SOON)?.ok()?;
+    let ended = member.wait(TIMEOUT)?.ok()?;
     let done = per_partition(&processed(&member.lines()));
     assert_eq!(committed(&kafka)?, done);
     let total: i64 = done.values().sum();
@@ -181,29 +181,31 @@ async fn two_members_share_and_a_third_of_the_work_moves() -> Result<()> {
     let kafka = shared::kafka(&["kafka_consumer_group"])?;
     let mut first = only_member(&kafka)?;
     let mut second = member(&kafka)?;
-    let given = first.wait_for("revoked: ", SOON)?.replace("revoked: ", "");
+    let given = first
+        .wait_for("revoked: ", TIMEOUT)?
+        .replace("revoked: ", "");
     let taken = second
-        .wait_for("assigned: ", SOON)?
+        .wait_for("assigned: ", TIMEOUT)?
         .replace("assigned: ", "");
     assert_eq!(given, taken, "only the partition that moves is taken away");
     let partition: i32 = taken.trim_matches(['[', ']']).parse()?;
 
     produce(&kafka, 0..5).await?;
     for _ in 0..10 {
-        first.wait_for("processed: ", SOON)?;
+        first.wait_for("processed: ", TIMEOUT)?;
     }
     for _ in 0..5 {
-        second.wait_for("processed: ", SOON)?;
+        second.wait_for("processed: ", TIMEOUT)?;
     }
     assert_eq!(per_partition(&processed(&second.lines()))[&partition], 5);
     assert_eq!(per_partition(&processed(&first.lines()))[&partition], 0);
 
     second.interrupt()?;
-    second.wait(SOON)?.ok()?;
-    first.wait_for(&format!("assigned: [{partition}]"), SOON)?;
+    second.wait(TIMEOUT)?.ok()?;
+    first.wait_for(&format!("assigned: [{partition}]"), TIMEOUT)?;
     produce(&kafka, 5..6).await?;
     for _ in 0..3 {
-        first.wait_for("processed: ", SOON)?;
+        first.wait_for("processed: ", TIMEOUT)?;
     }
     let mut all = processed(&first.lines());
     assert!(all.contains(&format!("{partition}-5")));
@@ -221,10 +223,10 @@ async fn a_record_that_is_no_order_is_reported_and_does_not_block() -> Result<()
         .create()?;
     send(&producer, 0, "{").await?;
     produce(&kafka, 0..1).await?;
-    member.wait_for("not an order, skipped: partition 0 offset 0", SOON)?;
-    member.wait_for("processed: 0-0 ", SOON)?;
+    member.wait_for("not an order, skipped: partition 0 offset 0", TIMEOUT)?;
+    member.wait_for("processed: 0-0 ", TIMEOUT)?;
     member.interrupt()?;
-    member.wait(SOON)?.ok()?;
+    member.wait(TIMEOUT)?.ok()?;
     assert_eq!(committed(&kafka)?[&0], 2);
     Ok(())
 }
@@ -234,9 +236,9 @@ async fn ctrl_c_without_a_broker_ends_with_an_error_and_not_in_a_hang() -> Resul
     let kafka = Broker::private(Service::Kafka)?;
     let mut member = only_member(&kafka)?;
     produce(&kafka, 0..20).await?;
-    member.wait_for("processed: ", SOON)?;
+    member.wait_for("processed: ", TIMEOUT)?;
     kafka.kill(1)?;
-    member.wait_for("processed: ", SOON)?;
+    member.wait_for("processed: ", TIMEOUT)?;
     member.interrupt()?;
     let ended = member.wait(Duration::from_secs(30))?;
     assert_eq!(ended.code(), 1, "{}", ended.stderr);

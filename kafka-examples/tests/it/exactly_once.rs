@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running, SOON};
+use compose::harness::{Example, Running, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::Headers;
@@ -35,7 +35,7 @@ fn create_topics(kafka: &Broker) -> Result<()> {
         .args(["send"])
         .broker(kafka)
         .spawn()?
-        .wait(SOON)?
+        .wait(TIMEOUT)?
         .ok()?;
     Ok(())
 }
@@ -92,17 +92,17 @@ fn judge(kafka: &Broker, isolation: &str) -> Result<BaseConsumer> {
 /// Waits until the group has committed the end of all orders.
 fn wait_until_done(kafka: &Broker, worker: &mut Running) -> Result<()> {
     let judge = judge(kafka, "read_uncommitted")?;
-    let deadline = Instant::now() + 3 * SOON;
+    let deadline = Instant::now() + 3 * TIMEOUT;
     let left = || -> Result<i64> {
         let mut left = 0;
         for partition in 0..2 {
             let mut at = TopicPartitionList::new();
             at.add_partition(ORDERS, partition);
-            let position = match judge.committed_offsets(at, SOON)?.elements()[0].offset() {
+            let position = match judge.committed_offsets(at, TIMEOUT)?.elements()[0].offset() {
                 Offset::Offset(position) => position,
                 _ => 0,
             };
-            left += judge.fetch_watermarks(ORDERS, partition, SOON)?.1 - position;
+            left += judge.fetch_watermarks(ORDERS, partition, TIMEOUT)?.1 - position;
         }
         Ok(left)
     };
@@ -152,7 +152,7 @@ fn check(kafka: &Broker, orders: std::ops::Range<u32>) -> Result<()> {
     for partition in 0..2 {
         let end = |isolation: &str| -> Result<i64> {
             Ok(judge(kafka, isolation)?
-                .fetch_watermarks(INVOICES, partition, SOON)?
+                .fetch_watermarks(INVOICES, partition, TIMEOUT)?
                 .1)
         };
         assert_eq!(end("read_committed")?, end("read_uncommitted")?, "open");
@@ -166,12 +166,12 @@ fn wait_until_open(kafka: &Broker) -> Result<()> {
         judge(kafka, "read_uncommitted")?,
         judge(kafka, "read_committed")?,
     );
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         for partition in 0..2 {
             // In this order: what is committed meanwhile looks less open, and not more.
-            let (_, end) = all.fetch_watermarks(INVOICES, partition, SOON)?;
-            if stable.fetch_watermarks(INVOICES, partition, SOON)?.1 < end {
+            let (_, end) = all.fetch_watermarks(INVOICES, partition, TIMEOUT)?;
+            if stable.fetch_watermarks(INVOICES, partition, TIMEOUT)?.1 < end {
                 return Ok(());
             }
         }
@@ -187,7 +187,7 @@ async fn each_order_once_over_kills_and_a_restart_of_the_broker() -> Result<()> 
     produce_orders(&kafka, 0..2500).await?;
     for round in 0..5 {
         let mut worker = worker(&kafka)?;
-        worker.wait_for("committed: ", SOON)?;
+        worker.wait_for("committed: ", TIMEOUT)?;
         if round % 2 == 0 {
             wait_until_open(&kafka)?;
         } else {
@@ -195,16 +195,16 @@ async fn each_order_once_over_kills_and_a_restart_of_the_broker() -> Result<()> 
             std::thread::sleep(Duration::from_millis(chance.u64(0..200)));
         }
         worker.kill()?;
-        worker.wait(SOON)?;
+        worker.wait(TIMEOUT)?;
     }
     let mut worker = worker(&kafka)?;
-    worker.wait_for("committed: ", SOON)?;
+    worker.wait_for("committed: ", TIMEOUT)?;
     kafka.kill(1)?;
     kafka.restart(1)?;
     produce_orders(&kafka, 2500..3000).await?;
     wait_until_done(&kafka, &mut worker)?;
     worker.interrupt()?;
-    worker.wait(SOON)?.ok()?;
+    worker.wait(TIMEOUT)?.ok()?;
 
     check(&kafka, 0..3000)?;
     // Whoever does not ask for `read_committed` sees what the killed ones had written: the kills hit transactions.
@@ -219,15 +219,15 @@ async fn a_zombie_is_fenced_off_and_says_so() -> Result<()> {
     create_topics(&kafka)?;
     produce_orders(&kafka, 0..1500).await?;
     let mut zombie = worker(&kafka)?;
-    zombie.wait_for("committed: ", SOON)?;
+    zombie.wait_for("committed: ", TIMEOUT)?;
     // In the midst of its next batch.
     std::thread::sleep(Duration::from_millis(50));
     zombie.pause()?;
     let mut successor = worker(&kafka)?;
-    successor.wait_for("committed: ", SOON)?;
+    successor.wait_for("committed: ", TIMEOUT)?;
     let before = zombie.lines();
     zombie.resume()?;
-    let ended = zombie.wait(SOON)?;
+    let ended = zombie.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1);
     assert!(
         ended.stderr.contains("Error: fenced off: "),
@@ -242,7 +242,7 @@ async fn a_zombie_is_fenced_off_and_says_so() -> Result<()> {
     assert!(committed(&zombie.lines()) <= committed(&before) + 1);
     wait_until_done(&kafka, &mut successor)?;
     successor.interrupt()?;
-    successor.wait(SOON)?.ok()?;
+    successor.wait(TIMEOUT)?.ok()?;
     check(&kafka, 0..1500)
 }
 
@@ -267,7 +267,7 @@ async fn what_is_no_order_is_dead_lettered_once_and_holds_up_nothing() -> Result
     let mut worker = worker(&kafka)?;
     wait_until_done(&kafka, &mut worker)?;
     worker.interrupt()?;
-    worker.wait(SOON)?.ok()?;
+    worker.wait(TIMEOUT)?.ok()?;
     check(&kafka, 0..40)?;
     let buried = read(&kafka, DEAD_LETTERS, "read_committed")?;
     assert_eq!(buried.len(), bad.len());
@@ -305,6 +305,6 @@ async fn more_work_than_a_transaction_may_take_is_committed_in_parts() -> Result
         .spawn()?;
     wait_until_done(&kafka, &mut worker)?;
     worker.interrupt()?;
-    worker.wait(SOON)?.ok()?;
+    worker.wait(TIMEOUT)?.ok()?;
     check(&kafka, 0..100)
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use compose::Broker;
-use compose::harness::{Example, Running, SOON, produce_kafka_record};
+use compose::harness::{Example, Running, TIMEOUT, produce_kafka_record};
 use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -22,7 +22,7 @@ fn reader(kafka: &Broker) -> Result<Running> {
     let mut reader = Example::new(env!("CARGO_BIN_EXE_kafka_headers_schema"))
         .broker(kafka)
         .spawn()?;
-    reader.wait_for("waiting for events", SOON)?;
+    reader.wait_for("waiting for events", TIMEOUT)?;
     Ok(reader)
 }
 
@@ -45,7 +45,7 @@ async fn send(
     }
     record.key = key;
     record.payload = payload;
-    let sent = producer.send(record, SOON).await;
+    let sent = producer.send(record, TIMEOUT).await;
     sent.map_err(|(error, _)| error)?;
     Ok(())
 }
@@ -55,7 +55,7 @@ fn dead_letters(kafka: &Broker, count: usize) -> Result<Vec<OwnedMessage>> {
         .set("bootstrap.servers", kafka.address())
         .set("group.id", "judge")
         .create()?;
-    let (_, end) = consumer.fetch_watermarks("schema-events.dlq", 0, SOON)?;
+    let (_, end) = consumer.fetch_watermarks("schema-events.dlq", 0, TIMEOUT)?;
     assert_eq!(end, i64::try_from(count)?, "dead letters");
     let mut all = TopicPartitionList::new();
     all.add_partition_offset("schema-events.dlq", 0, Offset::Beginning)?;
@@ -100,9 +100,9 @@ async fn what_is_not_understood_is_kept_as_it_came() -> Result<()> {
         Some(br#"{"order_id":"good","amount":1,"new":[]}"#),
     )
     .await?;
-    first.wait_for("offset 8, version 1.0: good for 1 cents, EUR", SOON)?;
+    first.wait_for("offset 8, version 1.0: good for 1 cents, EUR", TIMEOUT)?;
     first.interrupt()?;
-    let ended = first.wait(SOON)?.ok()?;
+    let ended = first.wait(TIMEOUT)?.ok()?;
     assert!(ended.stdout.ends_with("handled 1, dead letters 8\n"));
 
     for ((number, (version, key, payload)), letter) in
@@ -125,11 +125,11 @@ async fn what_is_not_understood_is_kept_as_it_came() -> Result<()> {
         Some(br#"{"order_id":"next","amount":1}"#),
     )
     .await?;
-    second.wait_for("offset 9, ", SOON)?;
+    second.wait_for("offset 9, ", TIMEOUT)?;
     second.interrupt()?;
     assert!(
         second
-            .wait(SOON)?
+            .wait(TIMEOUT)?
             .ok()?
             .stdout
             .ends_with("handled 1, dead letters 0\n")
@@ -149,12 +149,12 @@ async fn without_a_dead_letter_there_is_no_commit() -> Result<()> {
         Some(br#"{"order_id":"a","amount":1}"#),
     )
     .await?;
-    first.wait_for("offset 0, ", SOON)?;
+    first.wait_for("offset 0, ", TIMEOUT)?;
     // Nothing fits any more. What the topic takes before the change is in force is a letter, too.
     let mut letters = limit(&kafka, "100", true).await?;
     let payload = [b'x'; 500];
     send(&kafka, Some(b"1.0"), None, Some(&payload)).await?;
-    let ended = first.wait(SOON)?;
+    let ended = first.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1, "{}", ended.stdout);
     assert!(
         ended.stderr.contains("schema-events/0/1 is bad"),
@@ -164,7 +164,7 @@ async fn without_a_dead_letter_there_is_no_commit() -> Result<()> {
 
     letters += limit(&kafka, "1200000", false).await?;
     let mut second = reader(&kafka)?;
-    second.wait_for("offset 1 -> schema-events.dlq", SOON)?;
+    second.wait_for("offset 1 -> schema-events.dlq", TIMEOUT)?;
     let letters = dead_letters(&kafka, letters + 1)?;
     let last = letters.last().context("no letter")?;
     assert_eq!(last.payload(), Some(&payload[..]));
@@ -182,12 +182,12 @@ async fn limit(kafka: &Broker, bytes: &str, refuses: bool) -> Result<usize> {
     let altered = admin.alter_configs([&change], &AdminOptions::new()).await?;
     ensure!(altered.iter().all(Result::is_ok), "{altered:?}");
     let producer: FutureProducer = config.create()?;
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     let mut taken = 0;
     loop {
         ensure!(Instant::now() < deadline, "the limit is not in force");
         let record = FutureRecord::<[u8], [u8]>::to("schema-events.dlq").payload(&[b'p'; 200]);
-        let refused = match producer.send(record, SOON).await {
+        let refused = match producer.send(record, TIMEOUT).await {
             Ok(_) => {
                 taken += 1;
                 false
@@ -210,9 +210,9 @@ async fn large_events_and_headers_that_cannot_be_read_are_dead_letters() -> Resu
     let event = br#"{"order_id":"odd","amount":1}"#;
     produce_kafka_record(&kafka, "schema-events", None, &headers, event)?;
     let text = "offset 1 -> schema-events.dlq: the name of a header is not UTF-8";
-    first.wait_for(text, SOON)?;
+    first.wait_for(text, TIMEOUT)?;
     first.interrupt()?;
-    first.wait(SOON)?.ok()?;
+    first.wait(TIMEOUT)?.ok()?;
     let letters = dead_letters(&kafka, 2)?;
     assert!(letters[0].payload() == Some(&large), "it was changed");
     assert_eq!(letters[1].payload(), Some(&event[..]));

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use compose::Broker;
-use compose::harness::{Example, Running, SOON};
+use compose::harness::{Example, Running, TIMEOUT};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
@@ -63,17 +63,17 @@ async fn killed_twice_and_sent_twice_and_still_once() -> Result<()> {
     for kill_after in [300, 900] {
         let mut consumer = consumer(&kafka, &books, "100000")?;
         for _ in 0..kill_after {
-            consumer.wait_for("p-", SOON)?;
+            consumer.wait_for("p-", TIMEOUT)?;
         }
         consumer.kill()?;
-        consumer.wait(SOON)?;
+        consumer.wait(TIMEOUT)?;
         let ignored = |line: &&String| line.contains("seen before");
         again += consumer.lines().iter().filter(ignored).count();
     }
     let mut last = consumer(&kafka, &books, "100000")?;
-    last.wait_for("p-1500:", SOON)?;
+    last.wait_for("p-1500:", TIMEOUT)?;
     last.interrupt()?;
-    let ended = last.wait(SOON)?.ok()?;
+    let ended = last.wait(TIMEOUT)?.ok()?;
     again += ended.stdout.matches("seen before").count();
 
     assert_eq!(number(&books, "SELECT sum(payments) FROM balances")?, 1501);
@@ -111,10 +111,10 @@ async fn ids_are_bounded_and_what_is_no_payment_is_kept_aside() -> Result<()> {
     produce(&kafka, payloads).await?;
 
     let mut consumer = consumer(&kafka, &books, "5")?;
-    consumer.wait_for("p-19: seen before", SOON)?;
-    consumer.wait_for("p-99:", SOON)?;
+    consumer.wait_for("p-19: seen before", TIMEOUT)?;
+    consumer.wait_for("p-99:", TIMEOUT)?;
     consumer.interrupt()?;
-    consumer.wait(SOON)?.ok()?;
+    consumer.wait(TIMEOUT)?.ok()?;
     assert_eq!(number(&books, "SELECT count(*) FROM seen")?, 5);
     assert_eq!(number(&books, "SELECT sum(payments) FROM balances")?, 22);
     let aside = Connection::open(&books)?;
@@ -139,7 +139,7 @@ async fn what_a_new_topic_rejects_at_the_same_offset_is_kept_as_well_and_once() 
     // The second topic is new, the third round reads it again.
     for (round, kept) in [2, 4, 4].into_iter().enumerate() {
         if round < 2 {
-            let deadline = Instant::now() + SOON;
+            let deadline = Instant::now() + TIMEOUT;
             // It is gone a moment after it was deleted.
             while admin.create_topics([&topic], &options).await?[0].is_err() {
                 ensure!(Instant::now() < deadline, "the topic stays");
@@ -148,9 +148,9 @@ async fn what_a_new_topic_rejects_at_the_same_offset_is_kept_as_well_and_once() 
             produce(&kafka, vec![None, Some(b"{}".to_vec()), payment(7)]).await?;
         }
         let mut consumer = consumer(&kafka, &books, "100000")?;
-        consumer.wait_for("p-7: ", SOON)?;
+        consumer.wait_for("p-7: ", TIMEOUT)?;
         consumer.interrupt()?;
-        consumer.wait(SOON)?.ok()?;
+        consumer.wait(TIMEOUT)?.ok()?;
         let count = number(&books, "SELECT count(*) FROM no_payments")?;
         assert_eq!(count, kept, "round {round}");
         let group = ["idempotent-payments"];

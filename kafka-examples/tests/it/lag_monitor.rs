@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use compose::harness::{Example, Running, SOON};
+use compose::harness::{Example, Running, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
@@ -32,7 +32,7 @@ fn commit(kafka: &Broker, partition: i32, position: i64) -> Result<()> {
     let mut list = TopicPartitionList::new();
     list.add_partition_offset("work", partition, Offset::Offset(position))?;
     // A broker that has just started may not have taken over its groups yet.
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     while let Err(error) = client.commit(&list, CommitMode::Sync) {
         let passing = matches!(
             error.rdkafka_error_code(),
@@ -56,7 +56,7 @@ async fn produce(kafka: &Broker, partition: i32, count: u32) -> Result<()> {
             .partition(partition)
             .payload("x");
         producer
-            .send(record, SOON)
+            .send(record, TIMEOUT)
             .await
             .map_err(|(error, _)| error)?;
     }
@@ -85,34 +85,34 @@ async fn it_is_right_without_members_and_without_a_commit_and_through_an_outage(
     commit(&kafka, 0, 5)?;
 
     let mut monitor = monitor(&kafka, &[])?;
-    monitor.wait_for("sleepers work/0: position 5, end 50, lag 45", SOON)?;
-    monitor.wait_for("sleepers work/1: never committed, end 30, lag 30", SOON)?;
+    monitor.wait_for("sleepers work/0: position 5, end 50, lag 45", TIMEOUT)?;
+    monitor.wait_for("sleepers work/1: never committed, end 30, lag 30", TIMEOUT)?;
     monitor.wait_for(
         "WARNING: sleepers is 75 behind on work, over the threshold of 70",
-        SOON,
+        TIMEOUT,
     )?;
     commit(&kafka, 0, 10)?;
-    monitor.wait_for("sleepers work/0: position 10, end 50, lag 40", SOON)?;
-    monitor.wait_for("recovered: sleepers is 70 behind on work", SOON)?;
+    monitor.wait_for("sleepers work/0: position 10, end 50, lag 40", TIMEOUT)?;
+    monitor.wait_for("recovered: sleepers is 70 behind on work", TIMEOUT)?;
     produce(&kafka, 1, 1).await?;
-    monitor.wait_for("WARNING: sleepers is 71 behind on work", SOON)?;
+    monitor.wait_for("WARNING: sleepers is 71 behind on work", TIMEOUT)?;
 
     // A group that the broker does not list, as for a moment after its start, has not recovered.
     admin(&kafka)?
         .delete_groups(&["sleepers"], &AdminOptions::new())
         .await?;
-    monitor.wait_for("gone: sleepers has no position on work/1", SOON)?;
+    monitor.wait_for("gone: sleepers has no position on work/1", TIMEOUT)?;
     commit(&kafka, 0, 10)?;
-    monitor.wait_for("sleepers work/0: position 10, end 50, lag 40", SOON)?;
+    monitor.wait_for("sleepers work/0: position 10, end 50, lag 40", TIMEOUT)?;
 
     kafka.kill(1)?;
-    monitor.wait_for("lag unknown: ", SOON)?;
+    monitor.wait_for("lag unknown: ", TIMEOUT)?;
     kafka.restart(1)?;
     commit(&kafka, 1, 31)?;
-    monitor.wait_for("sleepers work/1: position 31, end 31, lag 0", SOON)?;
-    monitor.wait_for("recovered: sleepers is 40 behind on work", SOON)?;
+    monitor.wait_for("sleepers work/1: position 31, end 31, lag 0", TIMEOUT)?;
+    monitor.wait_for("recovered: sleepers is 40 behind on work", TIMEOUT)?;
     monitor.interrupt()?;
-    let ended = monitor.wait(SOON)?.ok()?;
+    let ended = monitor.wait(TIMEOUT)?.ok()?;
     assert_eq!(
         ended.stdout.matches("WARNING").count(),
         2,
@@ -128,21 +128,21 @@ async fn what_retention_deleted_unread_is_lost_and_not_lag() -> Result<()> {
     topic_of_two(&kafka).await?;
     let mut monitor = monitor(&kafka, &["sleepers", "work"])?;
     // Known by name only.
-    monitor.wait_for("sleepers work/0: never committed, end 50, lag 50", SOON)?;
+    monitor.wait_for("sleepers work/0: never committed, end 50, lag 50", TIMEOUT)?;
     commit(&kafka, 0, 5)?;
-    monitor.wait_for("sleepers work/0: position 5, end 50, lag 45", SOON)?;
+    monitor.wait_for("sleepers work/0: position 5, end 50, lag 45", TIMEOUT)?;
     let mut before = TopicPartitionList::new();
     before.add_partition_offset("work", 0, Offset::Offset(20))?;
     admin(&kafka)?
         .delete_records(&before, &AdminOptions::new())
         .await?;
-    monitor.wait_for("sleepers work/0: position 5, end 50, lag 30", SOON)?;
+    monitor.wait_for("sleepers work/0: position 5, end 50, lag 30", TIMEOUT)?;
     monitor.wait_for(
         "LOST: sleepers work/0: retention deleted 15 offsets unread",
-        SOON,
+        TIMEOUT,
     )?;
     monitor.interrupt()?;
-    monitor.wait(SOON)?.ok()?;
+    monitor.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -157,13 +157,13 @@ async fn a_partition_without_a_leader_hides_no_other() -> Result<()> {
     produce(&kafka, 1, 80).await?;
     commit(&kafka, 0, 1)?;
     let mut monitor = monitor(&kafka, &[])?;
-    monitor.wait_for("WARNING: sleepers is 84 behind on work", SOON)?;
+    monitor.wait_for("WARNING: sleepers is 84 behind on work", TIMEOUT)?;
     kafka.kill(2)?;
-    monitor.wait_for("lag of sleepers on work/1 unknown: ", SOON)?;
+    monitor.wait_for("lag of sleepers on work/1 unknown: ", TIMEOUT)?;
     produce(&kafka, 0, 1).await?;
-    monitor.wait_for("sleepers work/0: position 1, end 6, lag 5", SOON)?;
+    monitor.wait_for("sleepers work/0: position 1, end 6, lag 5", TIMEOUT)?;
     monitor.interrupt()?;
-    let ended = monitor.wait(SOON)?.ok()?;
+    let ended = monitor.wait(TIMEOUT)?.ok()?;
     // Nor has it recovered.
     for no in ["recovered", "gone"] {
         assert!(!ended.stdout.contains(no), "{}", ended.stdout);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use compose::Broker;
-use compose::harness::{Example, Running, SOON};
+use compose::harness::{Example, Running, TIMEOUT};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Headers, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
@@ -26,7 +26,7 @@ fn example(kafka: &Broker, args: &[&str]) -> Result<Running> {
 /// Creates the topics, too.
 fn send(kafka: &Broker, orders: &[&str]) -> Result<()> {
     let args: Vec<&str> = ["send"].iter().chain(orders).copied().collect();
-    example(kafka, &args)?.wait(SOON)?.ok()?;
+    example(kafka, &args)?.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -42,7 +42,7 @@ fn client(kafka: &Broker) -> Result<BaseConsumer> {
 fn committed(kafka: &Broker) -> Result<Vec<i64>> {
     let mut list = TopicPartitionList::new();
     list.add_partition_range("reliable-orders", 0, 1);
-    let list = client(kafka)?.committed_offsets(list, SOON)?;
+    let list = client(kafka)?.committed_offsets(list, TIMEOUT)?;
     let position = |offset| match offset {
         Offset::Offset(next) => next,
         _ => -1,
@@ -59,7 +59,7 @@ fn dead_letters(kafka: &Broker) -> Result<Vec<OwnedMessage>> {
     let mut at = TopicPartitionList::new();
     at.add_partition_offset("reliable-orders.dlq", 0, Offset::Beginning)?;
     reader.assign(&at)?;
-    let (_, end) = reader.fetch_watermarks("reliable-orders.dlq", 0, SOON)?;
+    let (_, end) = reader.fetch_watermarks("reliable-orders.dlq", 0, TIMEOUT)?;
     let mut found = Vec::new();
     for _ in 0..30 {
         if found.len() >= usize::try_from(end)? {
@@ -101,7 +101,7 @@ async fn whatever_is_no_order_ends_in_the_dead_letter_topic_as_it_was() -> Resul
             ..FutureRecord::to("reliable-orders").partition(0)
         };
         producer
-            .send(record, SOON)
+            .send(record, TIMEOUT)
             .await
             .map_err(|(error, _)| error)?;
     }
@@ -109,9 +109,9 @@ async fn whatever_is_no_order_ends_in_the_dead_letter_topic_as_it_was() -> Resul
     send(&kafka, &["order-6"])?;
 
     let mut consumer = example(&kafka, &[])?;
-    consumer.wait_for("partition 0 offset 6: committed 7", SOON)?;
+    consumer.wait_for("partition 0 offset 6: committed 7", TIMEOUT)?;
     consumer.interrupt()?;
-    consumer.wait(SOON)?.ok()?;
+    consumer.wait(TIMEOUT)?.ok()?;
     assert_eq!(committed(&kafka)?[0], 7);
     let buried = dead_letters(&kafka)?;
     let bad: Vec<_> = bad.into_iter().chain([(None, Some(&large[..]))]).collect();
@@ -136,27 +136,27 @@ fn with_stop_no_later_commit_skips_the_poison_order() -> Result<()> {
     send(&kafka, &["a-0", "b-0", "invalid", "b-1", "a-2", "b-2"])?;
     for _ in 0..2 {
         let mut consumer = example(&kafka, &["--stop"])?;
-        consumer.wait_for("offset 1: invalid failed", SOON)?;
+        consumer.wait_for("offset 1: invalid failed", TIMEOUT)?;
         // New work for the other partition, and more behind the poison.
         send(&kafka, &["a-n", "b-n"])?;
-        consumer.wait_for("b-n processed", SOON)?;
-        consumer.wait_for("committed", SOON)?;
+        consumer.wait_for("b-n processed", TIMEOUT)?;
+        consumer.wait_for("committed", TIMEOUT)?;
         assert!(
             !consumer.lines().iter().any(|line| line.contains(": a-2")),
             "{:?}",
             consumer.lines()
         );
         consumer.interrupt()?;
-        consumer.wait(SOON)?.ok()?;
+        consumer.wait(TIMEOUT)?.ok()?;
         assert_eq!(committed(&kafka)?[0], 1);
     }
     assert_eq!(committed(&kafka)?, [1, 5]);
     assert_eq!(dead_letters(&kafka)?.len(), 0);
 
     let mut consumer = example(&kafka, &[])?;
-    consumer.wait_for("partition 0 offset 4: committed 5", SOON)?;
+    consumer.wait_for("partition 0 offset 4: committed 5", TIMEOUT)?;
     consumer.interrupt()?;
-    consumer.wait(SOON)?.ok()?;
+    consumer.wait(TIMEOUT)?.ok()?;
     assert_eq!(committed(&kafka)?, [5, 5]);
     assert_eq!(dead_letters(&kafka)?.len(), 1);
     Ok(())
@@ -174,17 +174,17 @@ async fn after_sigkill_nothing_is_missing_and_at_most_one_order_is_repeated() ->
         let record = FutureRecord::<(), _>::to("reliable-orders")
             .partition(number % 2)
             .payload(order);
-        producer.send(record, SOON)
+        producer.send(record, TIMEOUT)
     });
     futures::future::try_join_all(sent)
         .await
         .map_err(|(error, _)| error)?;
     let mut first = example(&kafka, &[])?;
     for _ in 0..20 {
-        first.wait_for(" processed", SOON)?;
+        first.wait_for(" processed", TIMEOUT)?;
     }
     first.kill()?;
-    first.wait(SOON)?;
+    first.wait(TIMEOUT)?;
     let processed = |lines: Vec<String>| -> Vec<String> {
         let order = |line: &String| {
             Some(
@@ -203,10 +203,10 @@ async fn after_sigkill_nothing_is_missing_and_at_most_one_order_is_repeated() ->
 
     let mut second = example(&kafka, &[])?;
     for _ in 0..2 {
-        second.wait_for("committed 500", SOON)?;
+        second.wait_for("committed 500", TIMEOUT)?;
     }
     second.interrupt()?;
-    second.wait(SOON)?.ok()?;
+    second.wait(TIMEOUT)?.ok()?;
     let after = processed(second.lines());
     let all: BTreeSet<&String> = before.iter().chain(&after).collect();
     assert_eq!(all.len(), orders.len(), "lost");

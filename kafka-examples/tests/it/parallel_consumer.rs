@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use compose::Broker;
-use compose::harness::{Example, Running, SOON};
+use compose::harness::{Example, Running, TIMEOUT};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
@@ -30,7 +30,7 @@ fn committed(kafka: &Broker) -> Result<[i64; 2]> {
         .create()?;
     let mut list = TopicPartitionList::new();
     list.add_partition_range("parallel-orders", 0, 1);
-    let list = observer.committed_offsets(list, SOON)?;
+    let list = observer.committed_offsets(list, TIMEOUT)?;
     let mut positions = [0; 2];
     for at in list.elements() {
         if let Offset::Offset(next) = at.offset() {
@@ -80,15 +80,15 @@ fn check_order(done: &Done) {
 fn sigkill_and_rebalance_lose_nothing_and_keep_the_order_of_each_key() -> Result<()> {
     let kafka = shared::kafka(&["kafka_parallel_consumer"])?;
     example(&kafka, &["send", &ORDERS.to_string()])?
-        .wait(SOON)?
+        .wait(TIMEOUT)?
         .ok()?;
     let mut first = example(&kafka, &[])?;
     // Behind at least one of the commits that come every second.
     for _ in 0..700 {
-        first.wait_for("done: ", SOON)?;
+        first.wait_for("done: ", TIMEOUT)?;
     }
     first.kill()?;
-    first.wait(SOON)?;
+    first.wait(TIMEOUT)?;
     let killed = done(&mut first)?;
     let positions = committed(&kafka)?;
     assert!(positions.iter().sum::<i64>() > 0, "nothing was committed");
@@ -117,10 +117,10 @@ fn sigkill_and_rebalance_lose_nothing_and_keep_the_order_of_each_key() -> Result
     );
 
     let mut second = example(&kafka, &[])?;
-    second.wait_for("done: ", SOON)?;
+    second.wait_for("done: ", TIMEOUT)?;
     let mut third = example(&kafka, &[])?;
-    third.wait_for("assigned: ", SOON)?;
-    let deadline = Instant::now() + SOON;
+    third.wait_for("assigned: ", TIMEOUT)?;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         let all = [killed.clone(), done(&mut second)?, done(&mut third)?];
         if distinct(&all) == ORDERS {
@@ -135,7 +135,7 @@ fn sigkill_and_rebalance_lose_nothing_and_keep_the_order_of_each_key() -> Result
     }
     for member in [&mut second, &mut third] {
         member.interrupt()?;
-        member.wait(SOON)?.ok()?;
+        member.wait(TIMEOUT)?.ok()?;
     }
     let (second, third) = (done(&mut second)?, done(&mut third)?);
     for one in [&killed, &second, &third] {
@@ -196,23 +196,23 @@ fn feed(kafka: &Broker, stop: &AtomicBool) -> Result<usize> {
 fn a_rebalance_repeats_no_order_that_has_overtaken_others() -> Result<()> {
     let kafka = shared::kafka(&["kafka_parallel_consumer"])?;
     let mut first = example(&kafka, &[])?;
-    first.wait_for("assigned: [0, 1]", SOON)?;
+    first.wait_for("assigned: [0, 1]", TIMEOUT)?;
     let stop = AtomicBool::new(false);
     let (mut second, sent) = std::thread::scope(|scope| {
         let feeder = scope.spawn(|| feed(&kafka, &stop));
         let second = (|| {
             for _ in 0..200 {
-                first.wait_for("done: ", SOON)?;
+                first.wait_for("done: ", TIMEOUT)?;
             }
             let mut second = example(&kafka, &[])?;
-            second.wait_for("done: ", SOON)?;
+            second.wait_for("done: ", TIMEOUT)?;
             anyhow::Ok(second)
         })();
         stop.store(true, Ordering::Relaxed);
         let sent = feeder.join().expect("the feeder panicked")?;
         anyhow::Ok((second?, sent))
     })?;
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         let all = [done(&mut first)?, done(&mut second)?];
         if distinct(&all) == sent {
@@ -223,7 +223,7 @@ fn a_rebalance_repeats_no_order_that_has_overtaken_others() -> Result<()> {
     }
     for member in [&mut first, &mut second] {
         member.interrupt()?;
-        member.wait(SOON)?.ok()?;
+        member.wait(TIMEOUT)?.ok()?;
     }
 
     let handed_over = |line: &String| line.starts_with("handing over [") && !line.contains(',');
@@ -257,12 +257,12 @@ fn a_rebalance_repeats_no_order_that_has_overtaken_others() -> Result<()> {
 #[tokio::test]
 async fn what_is_no_order_is_reported_and_does_not_block() -> Result<()> {
     let kafka = shared::kafka(&["kafka_parallel_consumer"])?;
-    example(&kafka, &["send", "1"])?.wait(SOON)?.ok()?;
+    example(&kafka, &["send", "1"])?.wait(TIMEOUT)?.ok()?;
     let before = {
         let mut member = example(&kafka, &[])?;
-        member.wait_for("done: ", SOON)?;
+        member.wait_for("done: ", TIMEOUT)?;
         member.interrupt()?;
-        member.wait(SOON)?.ok()?;
+        member.wait(TIMEOUT)?.ok()?;
         committed(&kafka)?[0]
     };
     let producer: FutureProducer = ClientConfig::new()
@@ -275,7 +275,7 @@ async fn what_is_no_order_is_reported_and_does_not_block() -> Result<()> {
             ..FutureRecord::to("parallel-orders").partition(0)
         };
         producer
-            .send(record, SOON)
+            .send(record, TIMEOUT)
             .await
             .map_err(|(error, _)| error)?;
     }
@@ -288,12 +288,12 @@ async fn what_is_no_order_is_reported_and_does_not_block() -> Result<()> {
                 line.starts_with("not an order, skipped: partition 0") || line.ends_with(" good")
             },
             "the fate of a record",
-            SOON,
+            TIMEOUT,
         )?;
         seen += 1;
     }
     member.interrupt()?;
-    let ended = member.wait(SOON)?.ok()?;
+    let ended = member.wait(TIMEOUT)?.ok()?;
     assert_eq!(ended.stdout.matches("not an order").count(), 3);
     assert_eq!(committed(&kafka)?[0], before + 4);
     Ok(())

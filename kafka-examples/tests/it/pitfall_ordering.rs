@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, SOON};
+use compose::harness::{Example, TIMEOUT};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
@@ -17,7 +17,7 @@ fn only_the_key_keeps_a_users_events_in_order() -> Result<()> {
         let ended = Example::new(env!("CARGO_BIN_EXE_kafka_pitfall_ordering"))
             .broker(&kafka)
             .spawn()?
-            .wait(SOON)?
+            .wait(TIMEOUT)?
             .ok()?;
         let wrong: Vec<u32> = ended
             .stdout
@@ -46,7 +46,7 @@ fn only_the_key_keeps_a_users_events_in_order() -> Result<()> {
     reader.assign(&all)?;
     let mut keyed: BTreeMap<String, Vec<(i32, u32)>> = BTreeMap::new();
     let (mut keyless, mut count) = (BTreeSet::new(), 0);
-    let deadline = std::time::Instant::now() + SOON;
+    let deadline = std::time::Instant::now() + TIMEOUT;
     while count < 480 {
         ensure!(std::time::Instant::now() < deadline, "only {count} events");
         let Some(record) = reader.poll(Duration::from_secs(1)).transpose()? else {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use compose::Broker;
-use compose::harness::SOON;
+use compose::harness::TIMEOUT;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::OwnedMessage;
@@ -24,7 +24,7 @@ pub async fn send_large(kafka: &Broker, topic: &str) -> Result<Vec<u8>> {
     let record = FutureRecord::<[u8], [u8]>::to(topic)
         .partition(0)
         .payload(&payload);
-    let sent = producer.send(record, SOON).await;
+    let sent = producer.send(record, TIMEOUT).await;
     sent.map_err(|(error, _)| error)?;
     Ok(payload)
 }
@@ -38,7 +38,7 @@ pub fn read(kafka: &Broker, topic: &str, isolation: &str) -> Result<Vec<OwnedMes
         .set("enable.partition.eof", "true")
         .set("isolation.level", isolation)
         .create()?;
-    let metadata = reader.fetch_metadata(Some(topic), SOON)?;
+    let metadata = reader.fetch_metadata(Some(topic), TIMEOUT)?;
     let partitions = metadata.topics()[0].partitions().len();
     let mut all = TopicPartitionList::new();
     for partition in 0..i32::try_from(partitions)? {
@@ -46,7 +46,7 @@ pub fn read(kafka: &Broker, topic: &str, isolation: &str) -> Result<Vec<OwnedMes
     }
     reader.assign(&all)?;
     let (mut records, mut ends) = (Vec::new(), BTreeSet::new());
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     while ends.len() < partitions {
         ensure!(Instant::now() < deadline, "cannot read {topic} to its end");
         match reader.poll(Duration::from_secs(1)) {
@@ -73,10 +73,10 @@ pub fn await_markers(kafka: &Broker, topic: &str) -> Result<()> {
             .create()?)
     };
     let (committed, all) = (reader("read_committed")?, reader("read_uncommitted")?);
-    let metadata = all.fetch_metadata(Some(topic), SOON)?;
-    let deadline = Instant::now() + SOON;
+    let metadata = all.fetch_metadata(Some(topic), TIMEOUT)?;
+    let deadline = Instant::now() + TIMEOUT;
     for partition in metadata.topics()[0].partitions() {
-        let end = |reader: &BaseConsumer| reader.fetch_watermarks(topic, partition.id(), SOON);
+        let end = |reader: &BaseConsumer| reader.fetch_watermarks(topic, partition.id(), TIMEOUT);
         while end(&committed)? != end(&all)? {
             ensure!(
                 Instant::now() < deadline,

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use compose::Broker;
-use compose::harness::{Example, Running, SOON};
+use compose::harness::{Example, Running, TIMEOUT};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
@@ -27,22 +27,22 @@ fn done(member: &mut Running) -> Vec<String> {
 /// A second member joins while 1500 orders come in, and both end in turn. Returns how many were done twice.
 fn repeats(kafka: &Broker, args: &[&str]) -> Result<usize> {
     let mut first = example(kafka, args)?;
-    first.wait_for("assigned: [0, 1, 2, 3]", SOON)?;
+    first.wait_for("assigned: [0, 1, 2, 3]", TIMEOUT)?;
     let mut sender = example(kafka, &["send", "1500"])?;
-    first.wait_for("done: ", SOON)?;
+    first.wait_for("done: ", TIMEOUT)?;
     let mut second = example(kafka, args)?;
-    second.wait_for("assigned: ", SOON)?;
+    second.wait_for("assigned: ", TIMEOUT)?;
     for _ in 0..50 {
-        second.wait_for("done: ", SOON)?;
+        second.wait_for("done: ", TIMEOUT)?;
     }
     first.interrupt()?;
-    first.wait(SOON)?.ok()?;
+    first.wait(TIMEOUT)?.ok()?;
     let first = done(&mut first);
     assert!(
         sender.try_wait()?.is_none(),
         "the end came after the last order"
     );
-    let deadline = Instant::now() + 3 * SOON;
+    let deadline = Instant::now() + 3 * TIMEOUT;
     loop {
         let second = done(&mut second);
         let all: BTreeSet<&String> = first.iter().chain(&second).collect();
@@ -52,9 +52,9 @@ fn repeats(kafka: &Broker, args: &[&str]) -> Result<usize> {
         ensure!(Instant::now() < deadline, "only {} of 1500", all.len());
         std::thread::sleep(Duration::from_millis(50));
     }
-    sender.wait(SOON)?.ok()?;
+    sender.wait(TIMEOUT)?.ok()?;
     second.interrupt()?;
-    second.wait(SOON)?.ok()?;
+    second.wait(TIMEOUT)?.ok()?;
     Ok(first.len() + done(&mut second).len() - 1500)
 }
 
@@ -68,7 +68,7 @@ fn what_was_done_is_committed_before_the_partition_moves() -> Result<()> {
         .create()?;
     let mut list = TopicPartitionList::new();
     list.add_partition_range("rebalance-orders", 0, 3);
-    for at in observer.committed_offsets(list, SOON)?.elements() {
+    for at in observer.committed_offsets(list, TIMEOUT)?.elements() {
         assert_eq!(
             at.offset(),
             Offset::Offset(375),

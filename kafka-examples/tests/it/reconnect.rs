@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use compose::harness::{Example, Running, SOON};
+use compose::harness::{Example, Running, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
@@ -14,7 +14,7 @@ fn ticks(kafka: &Broker) -> Result<Running> {
     let mut ticks = Example::new(env!("CARGO_BIN_EXE_kafka_reconnect"))
         .broker(kafka)
         .spawn()?;
-    ticks.wait_for("received: tick 5", SOON)?;
+    ticks.wait_for("received: tick 5", TIMEOUT)?;
     Ok(ticks)
 }
 
@@ -24,7 +24,7 @@ fn log(kafka: &Broker) -> Result<Vec<u32>> {
         .set("bootstrap.servers", kafka.address())
         .set("group.id", "judge")
         .create()?;
-    let (_, end) = reader.fetch_watermarks("reconnect-ticks", 0, SOON)?;
+    let (_, end) = reader.fetch_watermarks("reconnect-ticks", 0, TIMEOUT)?;
     let mut all = TopicPartitionList::new();
     all.add_partition_offset("reconnect-ticks", 0, Offset::Beginning)?;
     reader.assign(&all)?;
@@ -45,13 +45,13 @@ fn an_outage_loses_doubles_and_reorders_nothing() -> Result<()> {
     let mut ticks = ticks(&kafka)?;
     for _ in 0..2 {
         kafka.kill(1)?;
-        ticks.wait_for("the broker is away", SOON)?;
-        ticks.wait_for("waiting: ", SOON)?;
+        ticks.wait_for("the broker is away", TIMEOUT)?;
+        ticks.wait_for("waiting: ", TIMEOUT)?;
         kafka.restart(1)?;
-        ticks.wait_for("the broker is back", SOON)?;
+        ticks.wait_for("the broker is back", TIMEOUT)?;
     }
     ticks.interrupt()?;
-    let ended = ticks.wait(SOON)?.ok()?;
+    let ended = ticks.wait(TIMEOUT)?.ok()?;
     let log = log(&kafka)?;
     let expected: Vec<u32> = (0..u32::try_from(log.len())?).collect();
     assert_eq!(log, expected);
@@ -68,8 +68,8 @@ fn ticks_given_up_while_the_broker_is_away_are_an_error() -> Result<()> {
     let kafka = Broker::private(Service::Kafka)?;
     let mut ticks = ticks(&kafka)?;
     kafka.kill(1)?;
-    ticks.wait_for("the broker is away", SOON)?;
-    ticks.wait_for("waiting: ", SOON)?;
+    ticks.wait_for("the broker is away", TIMEOUT)?;
+    ticks.wait_for("waiting: ", TIMEOUT)?;
     ticks.interrupt()?;
     let ended = ticks.wait(Duration::from_secs(20))?;
     assert_eq!(ended.code(), 1, "{}", ended.stderr);
@@ -91,7 +91,7 @@ fn the_name_of_a_member_can_be_taken_over_again_and_again() -> Result<()> {
             .args(["fatal"])
             .broker(&kafka)
             .spawn()?
-            .wait(SOON)?
+            .wait(TIMEOUT)?
             .ok()?;
         assert!(
             ended.stdout.contains("FencedInstanceId"),
@@ -103,7 +103,7 @@ fn the_name_of_a_member_can_be_taken_over_again_and_again() -> Result<()> {
     let judge: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .create()?;
-    let groups = judge.fetch_group_list(Some("reconnect-fatal"), SOON)?;
+    let groups = judge.fetch_group_list(Some("reconnect-fatal"), TIMEOUT)?;
     let group = groups.groups().first().context("no such group")?;
     assert!(group.members().len() <= 1, "{}", group.members().len());
     Ok(())

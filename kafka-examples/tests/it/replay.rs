@@ -1,7 +1,7 @@
 //! A replay reads exactly what it was asked for, ends, and leaves no trace.
 
 use anyhow::Result;
-use compose::harness::{Example, SOON};
+use compose::harness::{Example, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
@@ -17,7 +17,7 @@ fn replay(kafka: &Broker, args: &[&str]) -> Result<Vec<String>> {
         .args(args)
         .broker(kafka)
         .spawn()?
-        .wait(SOON)?
+        .wait(TIMEOUT)?
         .ok()?;
     let records = |line: &&str| !line.starts_with("partition ") && !line.starts_with("wrote ");
     Ok(ended
@@ -67,7 +67,7 @@ async fn reads_exactly_the_range_and_survives_odd_records() -> Result<()> {
         .payload(&[0xff, 0xfe]);
     for record in [empty, binary] {
         producer
-            .send(record, SOON)
+            .send(record, TIMEOUT)
             .await
             .map_err(|(error, _)| error)?;
     }
@@ -87,7 +87,7 @@ async fn reads_exactly_the_range_and_survives_odd_records() -> Result<()> {
     assert_eq!(left.len(), 3 + 6 + 1, "{left:?}");
 
     // Neither a group nor a position is left behind.
-    let groups = admin.inner().fetch_group_list(None, SOON)?;
+    let groups = admin.inner().fetch_group_list(None, TIMEOUT)?;
     let names: Vec<&str> = groups.groups().iter().map(|group| group.name()).collect();
     assert!(names.is_empty(), "{names:?}");
     Ok(())
@@ -103,13 +103,13 @@ async fn ends_where_a_transaction_ends() -> Result<()> {
         .set("bootstrap.servers", kafka.address())
         .set("transactional.id", "replay-test")
         .create()?;
-    producer.init_transactions(SOON)?;
+    producer.init_transactions(TIMEOUT)?;
     producer.begin_transaction()?;
     let record = BaseRecord::<str, str>::to("replay-readings")
         .partition(1)
         .payload("committed");
     producer.send(record).map_err(|(error, _)| error)?;
-    producer.commit_transaction(SOON)?;
+    producer.commit_transaction(TIMEOUT)?;
     reader::await_markers(&kafka, "replay-readings")?;
     let lines = replay(&kafka, &["offset", "6"])?;
     assert_eq!(lines.len(), 2, "{lines:?}");

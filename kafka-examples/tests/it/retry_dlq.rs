@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use compose::Broker;
-use compose::harness::{Example, Running, SOON, produce_kafka_record};
+use compose::harness::{Example, Running, TIMEOUT, produce_kafka_record};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
@@ -22,7 +22,7 @@ const DEAD_LETTERS: &str = "retry-dlq.payments.dlq";
 fn payer(kafka: &Broker) -> Result<Running> {
     let payer = Example::new(env!("CARGO_BIN_EXE_kafka_retry_dlq"));
     let mut payer = payer.broker(kafka).spawn()?;
-    payer.wait_for("waiting for payments", SOON)?;
+    payer.wait_for("waiting for payments", TIMEOUT)?;
     Ok(payer)
 }
 
@@ -52,7 +52,7 @@ async fn send(
         value: Some("acme"),
     }));
     producer
-        .send(record, SOON)
+        .send(record, TIMEOUT)
         .await
         .map_err(|(error, _)| error)?;
     Ok(())
@@ -91,7 +91,7 @@ fn read(kafka: &Broker, topic: &str) -> Result<Vec<Record>> {
     }
     reader.assign(&all)?;
     let (mut records, mut ends) = (Vec::new(), BTreeSet::new());
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     while ends.len() < 3 {
         ensure!(Instant::now() < deadline, "cannot read {topic} to its end");
@@ -129,10 +129,10 @@ async fn what_fails_holds_up_nobody_and_backs_off() -> Result<()> {
         send(&producer, PAYMENTS, Some("failing"), Some(failing)),
         send(&producer, PAYMENTS, Some("fine"), Some(fine))
     )?;
-    payer.wait_for("fine: paid at attempt 1", SOON)?;
-    payer.wait_for("failing: attempt 5 failed", SOON)?;
+    payer.wait_for("fine: paid at attempt 1", TIMEOUT)?;
+    payer.wait_for("failing: attempt 5 failed", TIMEOUT)?;
     payer.interrupt()?;
-    payer.wait(SOON)?.ok()?;
+    payer.wait(TIMEOUT)?.ok()?;
     let lines = payer.lines();
     let at = |text: &str| lines.iter().position(|line| line.starts_with(text));
     ensure!(
@@ -161,22 +161,22 @@ async fn each_payment_is_paid_or_dead_lettered_over_kills() -> Result<()> {
     // How each ended, and how often.
     let mut ends: BTreeMap<String, u32> = BTreeMap::new();
     for text in ["attempt 3 failed", "paid at attempt 5"] {
-        running.wait_for(text, SOON)?;
+        running.wait_for(text, TIMEOUT)?;
         running.kill()?;
-        running.wait(SOON)?;
+        running.wait(TIMEOUT)?;
         note(&mut ends, &running.lines());
         running = payer(&kafka)?;
     }
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     let earlier = ends.clone();
     while ends.len() < 200 {
         ensure!(Instant::now() < deadline, "only {} ended", ends.len());
-        running.wait_for_line(is_end, "end of a payment", SOON)?;
+        running.wait_for_line(is_end, "end of a payment", TIMEOUT)?;
         ends = earlier.clone();
         note(&mut ends, &running.lines());
     }
     running.interrupt()?;
-    running.wait(SOON)?.ok()?;
+    running.wait(TIMEOUT)?.ok()?;
     for letter in read(&kafka, DEAD_LETTERS)? {
         assert_eq!(letter.header("attempts")?, "5");
         assert_eq!(letter.header("cause")?, "the bank does not answer");
@@ -215,10 +215,10 @@ async fn what_is_no_payment_is_dead_lettered_as_it_came_and_replayed_once() -> R
         send(&producer, PAYMENTS, None, payload).await?;
     }
     for _ in bad {
-        running.wait_for("attempt 1 failed: not a payment: ", SOON)?;
+        running.wait_for("attempt 1 failed: not a payment: ", TIMEOUT)?;
     }
     running.interrupt()?;
-    running.wait(SOON)?.ok()?;
+    running.wait(TIMEOUT)?.ok()?;
     let letters = read(&kafka, DEAD_LETTERS)?;
     assert_eq!(letters.len(), bad.len());
     for payload in bad {
@@ -238,18 +238,18 @@ async fn what_is_no_payment_is_dead_lettered_as_it_came_and_replayed_once() -> R
     }
     let mut first = replay(&kafka)?;
     for _ in 0..450 {
-        first.wait_for("cause: ", SOON)?;
+        first.wait_for("cause: ", TIMEOUT)?;
     }
     first.kill()?;
-    first.wait(SOON)?;
-    let ended = replay(&kafka)?.wait(SOON)?.ok()?;
+    first.wait(TIMEOUT)?;
+    let ended = replay(&kafka)?.wait(TIMEOUT)?.ok()?;
     let rest = ended.stdout.lines().last().unwrap_or_default();
     let rest: usize = rest
         .strip_prefix("replayed: ")
         .context("no count")?
         .parse()?;
     ensure!((1..2_000).contains(&rest), "killed too late: {rest}");
-    let again = replay(&kafka)?.wait(SOON)?.ok()?;
+    let again = replay(&kafka)?.wait(TIMEOUT)?.ok()?;
     assert_eq!(again.stdout, "replayed: 0\n");
 
     let replayed = read(&kafka, PAYMENTS)?;
@@ -273,15 +273,18 @@ async fn a_large_payment_and_a_header_that_cannot_be_read_stop_neither_payer_nor
     let kafka = shared::kafka(&["kafka_retry_dlq"])?;
     let mut running = payer(&kafka)?;
     let large = reader::send_large(&kafka, PAYMENTS).await?;
-    running.wait_for("attempt 1 failed: not a payment: ", SOON)?;
+    running.wait_for("attempt 1 failed: not a payment: ", TIMEOUT)?;
     let headers: [(&[u8], &[u8]); 2] = [(b"\xff\xfe", b"?"), (b"tenant", b"acme")];
     let fine = br#"{"payment_id":"fine"}"#;
     produce_kafka_record(&kafka, PAYMENTS, None, &headers, fine)?;
-    running.wait_for("attempt 1 failed: the name of a header is not UTF-8", SOON)?;
+    running.wait_for(
+        "attempt 1 failed: the name of a header is not UTF-8",
+        TIMEOUT,
+    )?;
     send(&producer(&kafka)?, PAYMENTS, Some("next"), Some(fine)).await?;
-    running.wait_for("next: paid at attempt 1", SOON)?;
+    running.wait_for("next: paid at attempt 1", TIMEOUT)?;
     running.interrupt()?;
-    running.wait(SOON)?.ok()?;
+    running.wait(TIMEOUT)?.ok()?;
 
     // The names that can be read, in their order, and the values of all.
     let headers = |record: &OwnedMessage| -> Vec<(Option<String>, Vec<u8>)> {
@@ -323,7 +326,7 @@ async fn a_large_payment_and_a_header_that_cannot_be_read_stop_neither_payer_nor
     // More replays than can be counted.
     let most: [(&[u8], &[u8]); 1] = [(b"replays", b"4294967295")];
     produce_kafka_record(&kafka, DEAD_LETTERS, None, &most, b"most")?;
-    let ended = replay(&kafka)?.wait(SOON)?.ok()?;
+    let ended = replay(&kafka)?.wait(TIMEOUT)?.ok()?;
     assert!(
         ended.stdout.contains("its headers cannot be read"),
         "{}",
@@ -355,7 +358,7 @@ async fn the_letters_are_listed_from_the_position_that_a_killed_replay_leaves() 
     for _ in 0..3 {
         send(&producer, DEAD_LETTERS, Some("k"), Some(b"x")).await?;
     }
-    replay(&kafka)?.wait(SOON)?.ok()?;
+    replay(&kafka)?.wait(TIMEOUT)?.ok()?;
     send(&producer, DEAD_LETTERS, Some("k"), Some(b"x")).await?;
 
     // In the place of a replay that is killed before its commit.
@@ -364,7 +367,7 @@ async fn the_letters_are_listed_from_the_position_that_a_killed_replay_leaves() 
         .set("transactional.id", "killed")
         .set("transaction.timeout.ms", "10000")
         .create()?;
-    killed.init_transactions(SOON)?;
+    killed.init_transactions(TIMEOUT)?;
     killed.begin_transaction()?;
     let member: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
@@ -373,10 +376,10 @@ async fn the_letters_are_listed_from_the_position_that_a_killed_replay_leaves() 
     let mut positions = TopicPartitionList::new();
     positions.add_partition_offset(DEAD_LETTERS, 0, Offset::Offset(4))?;
     let member = member.group_metadata().context("no group")?;
-    killed.send_offsets_to_transaction(&positions, &member, SOON)?;
+    killed.send_offsets_to_transaction(&positions, &member, TIMEOUT)?;
 
     let list = Example::new(env!("CARGO_BIN_EXE_kafka_dlq_replay"));
-    let ended = list.broker(&kafka).spawn()?.wait(SOON)?.ok()?;
+    let ended = list.broker(&kafka).spawn()?.wait(TIMEOUT)?.ok()?;
     assert!(
         ended.stdout.ends_with("dead letters: 1\n"),
         "{}",

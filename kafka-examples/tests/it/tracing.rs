@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use compose::Broker;
-use compose::harness::{Example, Running, SOON, produce_kafka_record};
+use compose::harness::{Example, Running, TIMEOUT, produce_kafka_record};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, Headers, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
@@ -24,13 +24,13 @@ fn example() -> Example {
 /// A consumer that has its partition, and the address of its metrics.
 fn consumer(kafka: &Broker, slow_ms: &str) -> Result<(Running, String)> {
     let mut consumer = example().env("SLOW_MS", slow_ms).broker(kafka).spawn()?;
-    let line = consumer.wait_for("metrics: ", SOON)?;
+    let line = consumer.wait_for("metrics: ", TIMEOUT)?;
     let address = line
         .strip_prefix("metrics: http://")
         .and_then(|rest| rest.strip_suffix("/metrics"))
         .context("no address")?
         .to_owned();
-    consumer.wait_for("waiting for orders", SOON)?;
+    consumer.wait_for("waiting for orders", TIMEOUT)?;
     Ok((consumer, address))
 }
 
@@ -95,7 +95,7 @@ fn of<'a>(spans: &'a [Span], name: &str, key: &str) -> Result<&'a Span> {
 
 fn scrape(address: &str) -> Result<String> {
     let mut stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(SOON))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     write!(
         stream,
         "GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
@@ -129,7 +129,7 @@ fn traceparents(kafka: &Broker, count: usize) -> Result<BTreeMap<String, String>
     let mut at = TopicPartitionList::new();
     at.add_partition_offset(TOPIC, 0, Offset::Beginning)?;
     reader.assign(&at)?;
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     let mut found = BTreeMap::new();
     while found.len() < count {
         ensure!(Instant::now() < deadline, "cannot read {TOPIC}");
@@ -153,12 +153,12 @@ fn the_trace_goes_from_the_producer_through_the_headers_to_the_consumer() -> Res
     // A threshold that one of the orders passes, and the other does not.
     let (mut consumer, address) = consumer(&kafka, "1000")?;
     let mut sender = example().args(["send"]).broker(&kafka).spawn()?;
-    sender.wait(SOON)?.ok()?;
-    consumer.wait_for("WARN order-2: took ", SOON)?;
-    consumer.wait_for("error.type=invalid_order", SOON)?;
+    sender.wait(TIMEOUT)?.ok()?;
+    consumer.wait_for("WARN order-2: took ", TIMEOUT)?;
+    consumer.wait_for("error.type=invalid_order", TIMEOUT)?;
 
     // The lag arrives with the client's next statistics, and falls to zero once that is committed.
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     let lag = |metrics: &str| sample(metrics, "kafka_consumergroup_lag", &[r#"partition="0""#]);
     let metrics = loop {
         let metrics = scrape(&address)?;
@@ -195,7 +195,7 @@ fn the_trace_goes_from_the_producer_through_the_headers_to_the_consumer() -> Res
     assert_eq!(within("+Inf"), Some(2), "{metrics}");
 
     consumer.interrupt()?;
-    consumer.wait(SOON)?.ok()?;
+    consumer.wait(TIMEOUT)?.ok()?;
     ensure!(
         !consumer
             .lines()
@@ -268,7 +268,7 @@ async fn a_foreign_or_broken_context_stops_nothing() -> Result<()> {
             .key(*key)
             .payload(&payload)
             .headers(headers);
-        let sent = producer.send(record, SOON).await;
+        let sent = producer.send(record, TIMEOUT).await;
         sent.map_err(|(error, _)| error)?;
     }
     // Neither are these an end of it.
@@ -285,11 +285,11 @@ async fn a_foreign_or_broken_context_stops_nothing() -> Result<()> {
             payload,
             ..FutureRecord::to(TOPIC).partition(0)
         };
-        let sent = producer.send(record, SOON).await;
+        let sent = producer.send(record, TIMEOUT).await;
         sent.map_err(|(error, _)| error)?;
     }
     for _ in bad {
-        consumer.wait_for("error.type=invalid_order", SOON)?;
+        consumer.wait_for("error.type=invalid_order", TIMEOUT)?;
     }
     // Where the name of one header cannot be read, none can.
     let odd: [(&[u8], &[u8]); 2] = [(b"\xff\xfe", b"?"), (b"traceparent", good.as_bytes())];
@@ -300,14 +300,14 @@ async fn a_foreign_or_broken_context_stops_nothing() -> Result<()> {
         &odd,
         br#"{"order_id":"odd","work_ms":0}"#,
     )?;
-    let last = consumer.wait_for("messaging.kafka.offset=10", SOON)?;
+    let last = consumer.wait_for("messaging.kafka.offset=10", TIMEOUT)?;
     ensure!(last.contains(" parent none: process "), "{last}");
     ensure!(!last.contains("error.type"), "{last}");
     let metrics = scrape(&address)?;
     let received = sample(&metrics, "messaging_client_consumed_messages_total", &[]);
     assert_eq!(received, Some(11.0), "{metrics}");
     consumer.interrupt()?;
-    consumer.wait(SOON)?.ok()?;
+    consumer.wait(TIMEOUT)?.ok()?;
     let handled = spans(&mut consumer)?;
     for (key, _) in contexts {
         let process = of(&handled, "process traced-orders", key)?;
@@ -325,7 +325,7 @@ async fn a_foreign_or_broken_context_stops_nothing() -> Result<()> {
         .create()?;
     let mut at = TopicPartitionList::new();
     at.add_partition(TOPIC, 0);
-    let at = judge.committed_offsets(at, SOON)?;
+    let at = judge.committed_offsets(at, TIMEOUT)?;
     assert_eq!(at.elements()[0].offset(), Offset::Offset(11));
     Ok(())
 }
@@ -347,7 +347,7 @@ fn a_port_that_is_taken_is_an_error_that_says_so() -> Result<()> {
         ),
     ] {
         let mut consumer = example().env("METRICS_PORT", port).broker(&kafka).spawn()?;
-        let ended = consumer.wait(SOON)?;
+        let ended = consumer.wait(TIMEOUT)?;
         assert_eq!(ended.code(), 1);
         assert!(ended.stderr.contains(&message), "{}", ended.stderr);
         assert_eq!(ended.stdout, "");

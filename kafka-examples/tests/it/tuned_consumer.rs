@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use compose::Broker;
-use compose::harness::{Example, Running, SOON};
+use compose::harness::{Example, Running, TIMEOUT};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
@@ -28,7 +28,7 @@ fn judge(kafka: &Broker) -> Result<BaseConsumer> {
 }
 
 fn members(judge: &BaseConsumer) -> Result<usize> {
-    let groups = judge.fetch_group_list(Some("tuned-consumer"), SOON)?;
+    let groups = judge.fetch_group_list(Some("tuned-consumer"), TIMEOUT)?;
     Ok(groups
         .groups()
         .first()
@@ -38,7 +38,7 @@ fn members(judge: &BaseConsumer) -> Result<usize> {
 fn committed(judge: &BaseConsumer) -> Result<Offset> {
     let mut asked = TopicPartitionList::new();
     asked.add_partition("tuned-jobs", 0);
-    let list = judge.committed_offsets(asked, SOON)?;
+    let list = judge.committed_offsets(asked, TIMEOUT)?;
     Ok(list.elements()[0].offset())
 }
 
@@ -47,10 +47,10 @@ fn too_long_is_out_of_the_group_and_the_job_moves_to_another() -> Result<()> {
     let kafka = shared::kafka(&["kafka_tuned_consumer"])?;
     let judge = judge(&kafka)?;
     let mut first = consumer(&kafka, "12000", &["10", "25000"])?;
-    first.wait_for("offset 1: 25000 ms of work", SOON)?;
+    first.wait_for("offset 1: 25000 ms of work", TIMEOUT)?;
     assert_eq!(members(&judge)?, 1, "not yet too late");
-    first.wait_for("offset 1: still working after 9600 ms", SOON)?;
-    let deadline = Instant::now() + SOON;
+    first.wait_for("offset 1: still working after 9600 ms", TIMEOUT)?;
+    let deadline = Instant::now() + TIMEOUT;
     while members(&judge)? > 0 {
         assert!(Instant::now() < deadline, "it is still a member");
         std::thread::sleep(Duration::from_millis(100));
@@ -60,22 +60,22 @@ fn too_long_is_out_of_the_group_and_the_job_moves_to_another() -> Result<()> {
 
     // Its job goes to another member while it still works on it.
     let mut second = consumer(&kafka, "300000", &[])?;
-    second.wait_for("offset 1: 25000 ms of work", SOON)?;
+    second.wait_for("offset 1: 25000 ms of work", TIMEOUT)?;
     assert!(!first.lines().iter().any(|line| line.contains("too late")));
-    first.wait_for("offset 1: done, but too late", SOON)?;
-    first.wait_for("out of the group: ", SOON)?;
+    first.wait_for("offset 1: done, but too late", TIMEOUT)?;
+    first.wait_for("out of the group: ", TIMEOUT)?;
     assert_eq!(
         committed(&judge)?,
         Offset::Offset(1),
         "late work is not committed"
     );
-    second.wait_for("offset 1: done", SOON)?;
+    second.wait_for("offset 1: done", TIMEOUT)?;
     second.interrupt()?;
-    second.wait(SOON)?.ok()?;
+    second.wait(TIMEOUT)?.ok()?;
     // Longer than the session timeout of ten seconds, and yet it was a member to the end.
     assert_eq!(committed(&judge)?, Offset::Offset(2));
     first.interrupt()?;
-    first.wait(SOON)?.ok()?;
+    first.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -83,7 +83,7 @@ fn too_long_is_out_of_the_group_and_the_job_moves_to_another() -> Result<()> {
 async fn what_is_no_job_is_reported_and_passed_over() -> Result<()> {
     let kafka = shared::kafka(&["kafka_tuned_consumer"])?;
     let mut consumer = consumer(&kafka, "300000", &["1"])?;
-    consumer.wait_for("offset 0: done", SOON)?;
+    consumer.wait_for("offset 0: done", TIMEOUT)?;
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .create()?;
@@ -98,12 +98,12 @@ async fn what_is_no_job_is_reported_and_passed_over() -> Result<()> {
     for payload in bad.into_iter().chain([Some(&b"1"[..])]) {
         let mut record = FutureRecord::<[u8], [u8]>::to("tuned-jobs");
         record.payload = payload;
-        let sent = producer.send(record, SOON).await;
+        let sent = producer.send(record, TIMEOUT).await;
         sent.map_err(|(error, _)| error)?;
     }
-    consumer.wait_for("offset 6: done", SOON)?;
+    consumer.wait_for("offset 6: done", TIMEOUT)?;
     consumer.interrupt()?;
-    let ended = consumer.wait(SOON)?.ok()?;
+    let ended = consumer.wait(TIMEOUT)?.ok()?;
     assert_eq!(ended.stdout.matches("not a job, skipped").count(), 5);
     assert_eq!(committed(&judge(&kafka)?)?, Offset::Offset(7));
     Ok(())

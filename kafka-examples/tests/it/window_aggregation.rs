@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running, SOON};
+use compose::harness::{Example, Running, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
@@ -24,7 +24,7 @@ const START: i64 = 1_767_268_800_000; // 2026-01-01T12:00:00Z
 fn generate(kafka: &Broker, start: &str) -> Result<String> {
     let views = Example::new(env!("CARGO_BIN_EXE_kafka_page_views"));
     let mut views = views.args([start]).broker(kafka).spawn()?;
-    Ok(views.wait(SOON)?.ok()?.stdout)
+    Ok(views.wait(TIMEOUT)?.ok()?.stdout)
 }
 
 /// Small transactions, so that a kill finds one open.
@@ -131,15 +131,15 @@ fn wait_until_done(kafka: &Broker, running: &mut Running) -> Result<()> {
         for partition in 0..2 {
             let mut at = TopicPartitionList::new();
             at.add_partition(VIEWS, partition);
-            let position = match judge.committed_offsets(at, SOON)?.elements()[0].offset() {
+            let position = match judge.committed_offsets(at, TIMEOUT)?.elements()[0].offset() {
                 Offset::Offset(position) => position,
                 _ => 0,
             };
-            left += judge.fetch_watermarks(VIEWS, partition, SOON)?.1 - position;
+            left += judge.fetch_watermarks(VIEWS, partition, TIMEOUT)?.1 - position;
         }
         Ok(left)
     };
-    let deadline = Instant::now() + 2 * SOON;
+    let deadline = Instant::now() + 2 * TIMEOUT;
     loop {
         // An error is what a broker that has just started answers.
         let left = left();
@@ -166,10 +166,10 @@ fn over_kills_and_a_restart_each_view_counts_once_or_is_rejected() -> Result<()>
     // Nothing is idle for an hour: what counts follows from the views alone.
     for round in 0..5 {
         let mut running = aggregation(&kafka, "3600000")?;
-        running.wait_for("window ", SOON)?;
+        running.wait_for("window ", TIMEOUT)?;
         std::thread::sleep(Duration::from_millis(chance.u64(0..50)));
         running.kill()?;
-        running.wait(SOON)?;
+        running.wait(TIMEOUT)?;
         if round == 2 {
             kafka.kill(1)?;
             kafka.restart(1)?;
@@ -178,7 +178,7 @@ fn over_kills_and_a_restart_each_view_counts_once_or_is_rejected() -> Result<()>
     let mut running = aggregation(&kafka, "3600000")?;
     wait_until_done(&kafka, &mut running)?;
     running.interrupt()?;
-    running.wait(SOON)?.ok()?;
+    running.wait(TIMEOUT)?.ok()?;
 
     let views = read(&kafka, VIEWS, "read_committed")?;
     assert_eq!(views.len(), 4 * 183);
@@ -205,7 +205,7 @@ fn over_kills_and_a_restart_each_view_counts_once_or_is_rejected() -> Result<()>
     let mut running = aggregation(&kafka, "3600000")?;
     wait_until_done(&kafka, &mut running)?;
     running.interrupt()?;
-    running.wait(SOON)?.ok()?;
+    running.wait(TIMEOUT)?.ok()?;
     assert_eq!(counts(&kafka, "read_committed")?, (found, results));
     assert_eq!(
         read(&kafka, REJECTED, "read_committed")?.len(),
@@ -219,7 +219,7 @@ async fn view(producer: &FutureProducer, partition: i32, payload: Option<&[u8]>)
         payload,
         ..FutureRecord::to(VIEWS).partition(partition)
     };
-    let sent = producer.send(record, SOON).await;
+    let sent = producer.send(record, TIMEOUT).await;
     sent.map_err(|(error, _)| error)?;
     Ok(())
 }
@@ -228,7 +228,7 @@ async fn view(producer: &FutureProducer, partition: i32, payload: Option<&[u8]>)
 async fn idle_partitions_go_along_bad_views_go_aside_and_a_zombie_is_fenced_off() -> Result<()> {
     let kafka = shared::kafka(&["kafka_window_aggregation"])?;
     let mut running = aggregation(&kafka, "500")?;
-    running.wait_for("partition 1: from offset 0", SOON)?;
+    running.wait_for("partition 1: from offset 0", TIMEOUT)?;
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .set("message.max.bytes", "2000000")
@@ -236,7 +236,7 @@ async fn idle_partitions_go_along_bad_views_go_aside_and_a_zombie_is_fenced_off(
     // Partition 0 has seen only this, and would wait for ever.
     view(&producer, 0, Some(page("/quiet", 1_000).as_bytes())).await?;
     view(&producer, 1, Some(page("/busy", 20_000).as_bytes())).await?;
-    running.wait_for("window 12:00:00 /quiet: 1 views", SOON)?;
+    running.wait_for("window 12:00:00 /quiet: 1 views", TIMEOUT)?;
 
     let huge = vec![b'x'; 1_048_400];
     // This one would close all windows for the next thousand years.
@@ -256,11 +256,11 @@ async fn idle_partitions_go_along_bad_views_go_aside_and_a_zombie_is_fenced_off(
         view(&producer, 1, payload).await?;
     }
     for _ in bad {
-        running.wait_for("not a page view: ", SOON)?;
+        running.wait_for("not a page view: ", TIMEOUT)?;
     }
     view(&producer, 1, Some(page("/busy", 20_001).as_bytes())).await?;
     view(&producer, 1, Some(page("/busy", 40_000).as_bytes())).await?;
-    running.wait_for("window 12:00:20 /busy: 2 views", SOON)?;
+    running.wait_for("window 12:00:20 /busy: 2 views", TIMEOUT)?;
     let rejected = read(&kafka, REJECTED, "read_committed")?;
     assert_eq!(rejected.len(), bad.len());
     for payload in bad {
@@ -270,11 +270,11 @@ async fn idle_partitions_go_along_bad_views_go_aside_and_a_zombie_is_fenced_off(
 
     running.pause()?;
     let mut successor = aggregation(&kafka, "500")?;
-    successor.wait_for("partition 1: from offset 11", SOON)?;
+    successor.wait_for("partition 1: from offset 11", TIMEOUT)?;
     view(&producer, 1, Some(page("/busy", 60_000).as_bytes())).await?;
-    successor.wait_for("window 12:00:40 /busy: 1 views", SOON)?;
+    successor.wait_for("window 12:00:40 /busy: 1 views", TIMEOUT)?;
     running.resume()?;
-    let ended = running.wait(SOON)?;
+    let ended = running.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1);
     assert!(
         ended.stderr.contains("Error: fenced off: "),
@@ -282,7 +282,7 @@ async fn idle_partitions_go_along_bad_views_go_aside_and_a_zombie_is_fenced_off(
         ended.stderr
     );
     successor.interrupt()?;
-    successor.wait(SOON)?.ok()?;
+    successor.wait(TIMEOUT)?.ok()?;
     let (found, results) = counts(&kafka, "read_committed")?;
     assert_eq!(results, 3);
     assert_eq!(found.values().sum::<i64>(), 4);
@@ -316,16 +316,16 @@ async fn views(kafka: &Broker, views: impl IntoIterator<Item = (i32, String)>) -
 async fn a_backlog_is_not_late_and_a_page_in_two_partitions_is_the_sum_of_both() -> Result<()> {
     let kafka = shared::kafka(&["kafka_window_aggregation"])?;
     let mut creator = aggregation(&kafka, "500")?;
-    creator.wait_for("partition 1: from offset 0", SOON)?;
+    creator.wait_for("partition 1: from offset 0", TIMEOUT)?;
     creator.interrupt()?;
-    creator.wait(SOON)?.ok()?;
+    creator.wait(TIMEOUT)?.ok()?;
     // Ten minutes of the same page in both, in order. With ten in a transaction, either takes longer than IDLE_MS.
     let seconds = |partition| (0..600).map(move |second| (partition, page("/both", 1000 * second)));
     views(&kafka, seconds(0).chain(seconds(1))).await?;
     let mut running = aggregation(&kafka, "500")?;
     wait_until_done(&kafka, &mut running)?;
     running.interrupt()?;
-    running.wait(SOON)?.ok()?;
+    running.wait(TIMEOUT)?.ok()?;
     assert_eq!(read(&kafka, REJECTED, "read_committed")?.len(), 0);
     let (found, results) = counts(&kafka, "read_committed")?;
     // The last window is open.
@@ -352,11 +352,11 @@ async fn a_backlog_is_not_late_and_a_page_in_two_partitions_is_the_sum_of_both()
 async fn what_is_deleted_unread_is_reported_and_the_rest_is_counted() -> Result<()> {
     let kafka = shared::kafka(&["kafka_window_aggregation"])?;
     let mut running = aggregation(&kafka, "3600000")?;
-    running.wait_for("partition 1: from offset 0", SOON)?;
+    running.wait_for("partition 1: from offset 0", TIMEOUT)?;
     views(&kafka, (0..3).map(|at| (0, page("/", at)))).await?;
     wait_until_done(&kafka, &mut running)?;
     running.interrupt()?;
-    running.wait(SOON)?.ok()?;
+    running.wait(TIMEOUT)?.ok()?;
 
     views(&kafka, (3..10).map(|at| (0, page("/", at)))).await?;
     let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
@@ -368,10 +368,10 @@ async fn what_is_deleted_unread_is_reported_and_the_rest_is_counted() -> Result<
     deleted.elements()[0].error()?;
 
     let mut running = aggregation(&kafka, "3600000")?;
-    running.wait_for("partition 0: LOST 2 offsets", SOON)?;
-    running.wait_for("partition 0: from offset 5, 1 windows open", SOON)?;
+    running.wait_for("partition 0: LOST 2 offsets", TIMEOUT)?;
+    running.wait_for("partition 0: from offset 5, 1 windows open", TIMEOUT)?;
     views(&kafka, [(0, page("/", 60_000))]).await?;
-    running.wait_for("window 12:00:00 /: 8 views", SOON)?;
+    running.wait_for("window 12:00:00 /: 8 views", TIMEOUT)?;
 
     // Deleted under it while it is frozen, once its last request has been answered.
     running.pause()?;
@@ -381,9 +381,9 @@ async fn what_is_deleted_unread_is_reported_and_the_rest_is_counted() -> Result<
     let deleted = admin.delete_records(&until, &AdminOptions::new()).await?;
     deleted.elements()[0].error()?;
     running.resume()?;
-    running.wait_for("partition 0: LOST 3 offsets", SOON)?;
+    running.wait_for("partition 0: LOST 3 offsets", TIMEOUT)?;
     views(&kafka, [(0, page("/", 90_000))]).await?;
-    running.wait_for("window 12:01:00 /: 2 views", SOON)?;
+    running.wait_for("window 12:01:00 /: 2 views", TIMEOUT)?;
     Ok(())
 }
 
@@ -391,9 +391,9 @@ async fn what_is_deleted_unread_is_reported_and_the_rest_is_counted() -> Result<
 async fn pages_beyond_the_bound_and_large_views_are_rejected_and_windows_go_on() -> Result<()> {
     let kafka = shared::kafka(&["kafka_window_aggregation"])?;
     let mut running = aggregation(&kafka, "3600000")?;
-    running.wait_for("partition 1: from offset 0", SOON)?;
+    running.wait_for("partition 1: from offset 0", TIMEOUT)?;
     running.interrupt()?;
-    running.wait(SOON)?.ok()?;
+    running.wait(TIMEOUT)?.ok()?;
     let large = send_large(&kafka, VIEWS).await?;
     // 1000 bytes each, of the kind that JSON makes six of.
     let long = |number| page(&format!(r"{number:06}{}", r"\u0001".repeat(994)), 1000);
@@ -408,9 +408,9 @@ async fn pages_beyond_the_bound_and_large_views_are_rejected_and_windows_go_on()
         .env("BATCH", "500")
         .broker(&kafka)
         .spawn()?;
-    running.wait_for("window 12:01:00 /next: 1 views", SOON)?;
+    running.wait_for("window 12:01:00 /next: 1 views", TIMEOUT)?;
     running.interrupt()?;
-    running.wait(SOON)?.ok()?;
+    running.wait(TIMEOUT)?.ok()?;
     let rejected = read(&kafka, REJECTED, "read_committed")?;
     let is_large = |record: &&OwnedMessage| record.payload() == Some(&large);
     assert_eq!(rejected.iter().filter(is_large).count(), 1);

@@ -9,7 +9,7 @@ use compose::probe::http_get;
 use futures::StreamExt;
 use tokio::time::timeout;
 
-use crate::nats::{SOON, handed_over, round_trip, run, server, start, stop, until};
+use crate::nats::{TIMEOUT, handed_over, round_trip, run, server, start, stop, until};
 
 const GROUP: &str = env!("CARGO_BIN_EXE_nats_queue_group");
 const DRAIN: &str = env!("CARGO_BIN_EXE_nats_drain");
@@ -22,7 +22,7 @@ const SLOW: &str = env!("CARGO_BIN_EXE_nats_slow_consumer");
 
 fn member(name: &str, nats: &compose::Broker) -> Result<Running> {
     let mut member = start(GROUP, &["join", name], nats)?;
-    member.wait_for("joined", SOON)?;
+    member.wait_for("joined", TIMEOUT)?;
     Ok(member)
 }
 
@@ -108,14 +108,14 @@ async fn what_a_stopped_program_has_been_given_it_answers_all_of_it() -> Result<
         // The first one is handled: so it is subscribed, and listens for signals.
         until("it subscribes", || {
             let page = format!("{}/subsz?subs=1", nats.web()[0]);
-            Ok(http_get(&page, SOON).is_some_and(|(_, text)| text.contains(subject)))
+            Ok(http_get(&page, TIMEOUT).is_some_and(|(_, text)| text.contains(subject)))
         })?;
         send().await?;
         round_trip(&client).await;
         if answers {
-            timeout(SOON, answered.next()).await?;
+            timeout(TIMEOUT, answered.next()).await?;
         } else {
-            program.wait_for("process", SOON)?;
+            program.wait_for("process", TIMEOUT)?;
         }
         program.pause()?;
         for _ in 0..MANY {
@@ -124,10 +124,10 @@ async fn what_a_stopped_program_has_been_given_it_answers_all_of_it() -> Result<
         handed_over(&nats, &client).await?;
         program.interrupt()?;
         program.resume()?;
-        let ended = program.wait(SOON)?.ok()?;
+        let ended = program.wait(TIMEOUT)?.ok()?;
         if answers {
             for number in 0..MANY {
-                let answer = timeout(SOON, answered.next()).await;
+                let answer = timeout(TIMEOUT, answered.next()).await;
                 answer.with_context(|| format!("{number} answers from {subject}"))?;
             }
         } else {
@@ -156,8 +156,10 @@ async fn an_answer_that_is_too_large_is_an_error_and_no_silence() -> Result<()> 
     ];
     for (program, ready, subject, payload) in cases {
         let mut program = start(program, &[], &nats)?;
-        program.wait_for(ready, SOON)?;
-        let request = Request::new().payload(payload.into()).timeout(Some(SOON));
+        program.wait_for(ready, TIMEOUT)?;
+        let request = Request::new()
+            .payload(payload.into())
+            .timeout(Some(TIMEOUT));
         let answer = client.send_request(subject, request).await?;
         let headers = answer.headers.unwrap_or_default();
         assert!(headers.get("Nats-Service-Error").is_some(), "{subject}");
@@ -175,7 +177,7 @@ fn three_bursts_at_the_same_time_do_not_count_each_others_readings() -> Result<(
         programs.push(start(SLOW, &[], &nats)?);
     }
     for mut program in programs {
-        let said = program.wait(SOON)?.ok()?.stdout;
+        let said = program.wait(TIMEOUT)?.ok()?.stdout;
         for line in [
             "a buffer of 100: sent 1000, received 100, lost 900\n",
             "a buffer of 2000: sent 1000, received 1000, lost 0\n",
@@ -193,15 +195,15 @@ fn a_worker_that_ends_answers_all_that_it_has_and_nothing_stays_unanswered() -> 
     let worker = || -> Result<Running> {
         let program = Example::new(DRAIN).env("WORK_MS", "20").broker(&nats);
         let mut worker = program.spawn()?;
-        worker.wait_for("working", SOON)?;
+        worker.wait_for("working", TIMEOUT)?;
         Ok(worker)
     };
     let (mut leaving, staying) = (worker()?, worker()?);
     let mut asking = start(DRAIN, &["ask", "60"], &nats)?;
-    leaving.wait_for("in hand", SOON)?;
+    leaving.wait_for("in hand", TIMEOUT)?;
     // As a service manager does.
     leaving.terminate()?;
-    let ended = leaving.wait(SOON)?.ok()?;
+    let ended = leaving.wait(TIMEOUT)?.ok()?;
     let said = ended
         .stdout
         .lines()
@@ -216,7 +218,7 @@ fn a_worker_that_ends_answers_all_that_it_has_and_nothing_stays_unanswered() -> 
     // More than the one that was in hand: the buffer was worked off.
     assert_eq!(numbers[0] as usize, ended.stdout.matches("in hand").count());
     assert!(ended.stdout.ends_with("closed\n"));
-    let asked = asking.wait(SOON)?.ok()?;
+    let asked = asking.wait(TIMEOUT)?.ok()?;
     assert!(asked.stdout.ends_with("answered 60\n"), "{}", asked.stdout);
     stop(staying)?;
     Ok(())
@@ -228,15 +230,15 @@ fn the_client_comes_back_subscribes_again_and_counts_what_is_lost() -> Result<()
     let mut ticks = start(RECONNECT, &[], &nats)?;
     // Another one beside it: its ticks are not to be counted.
     let mut other = start(RECONNECT, &[], &nats)?;
-    other.wait_for("received: tick", SOON)?;
+    other.wait_for("received: tick", TIMEOUT)?;
     for _ in 0..2 {
-        ticks.wait_for("received: tick", SOON)?;
+        ticks.wait_for("received: tick", TIMEOUT)?;
         nats.kill(1)?;
-        ticks.wait_for("event: disconnected", SOON)?;
-        ticks.wait_for("the buffer is full", SOON)?;
+        ticks.wait_for("event: disconnected", TIMEOUT)?;
+        ticks.wait_for("the buffer is full", TIMEOUT)?;
         nats.restart(1)?;
-        ticks.wait_for("event: connected", SOON)?;
-        ticks.wait_for("received: tick", SOON)?;
+        ticks.wait_for("event: connected", TIMEOUT)?;
+        ticks.wait_for("received: tick", TIMEOUT)?;
     }
     stop(other)?;
     let ended = stop(ticks)?;
@@ -273,7 +275,7 @@ fn the_first_connection_is_tried_again_too() -> Result<()> {
         nats.kill(1)?;
         let mut ticks = start(RECONNECT, &[], &nats)?;
         nats.restart(1)?;
-        if ticks.wait_for("received: tick", SOON).is_ok() {
+        if ticks.wait_for("received: tick", TIMEOUT).is_ok() {
             stop(ticks)?;
             return Ok(());
         }
@@ -286,7 +288,7 @@ async fn a_trace_goes_on_in_the_subscriber_and_nothing_broken_stops_it() -> Resu
     let nats = server()?;
     let client = async_nats::connect(nats.address()).await?;
     let mut subscriber = start(HEADERS, &[], &nats)?;
-    subscriber.wait_for("waiting", SOON)?;
+    subscriber.wait_for("waiting", TIMEOUT)?;
     // Without headers, with a broken context, without a payload and without text.
     client
         .publish("headers.orders", r#"{"work_ms":0}"#.into())
@@ -306,8 +308,8 @@ async fn a_trace_goes_on_in_the_subscriber_and_nothing_broken_stops_it() -> Resu
         .await?;
     round_trip(&client).await;
     let sent = run(HEADERS, &["send"], &nats)?.ok()?;
-    subscriber.wait_for("order-3: not an order", SOON)?;
-    subscriber.wait_for("process headers.orders", SOON)?;
+    subscriber.wait_for("order-3: not an order", TIMEOUT)?;
+    subscriber.wait_for("process headers.orders", TIMEOUT)?;
     let received = stop(subscriber)?.stdout;
     assert!(received.contains("INFO broken: handled"), "{received}");
     assert!(

@@ -12,7 +12,7 @@ use compose::harness::{Example, Running};
 use rusqlite::Connection;
 
 use crate::nats::{
-    SOON, caught_up, connections, consumer, jetstream, run, server, start, stop, until,
+    TIMEOUT, caught_up, connections, consumer, jetstream, run, server, start, stop, until,
 };
 
 const CONSUMER: &str = env!("CARGO_BIN_EXE_jetstream_consumer");
@@ -57,7 +57,7 @@ async fn killed_between_work_and_ack_the_order_comes_again_and_is_counted() -> R
     let jetstream = jetstream(&nats).await?;
     // It works for so long that the kill is in the middle for certain.
     let mut first = working(CONSUMER, &[], "600000", &nats)?;
-    first.wait_for("1: order-1 processing (delivery 1)", SOON)?;
+    first.wait_for("1: order-1 processing (delivery 1)", TIMEOUT)?;
     first.kill()?;
     assert_eq!(
         consumer(&jetstream, "ORDERS", "order-processor")
@@ -68,7 +68,7 @@ async fn killed_between_work_and_ack_the_order_comes_again_and_is_counted() -> R
     );
 
     let mut second = working(CONSUMER, &[], "1", &nats)?;
-    second.wait_for("1: order-1 processing (delivery 2)", SOON)?;
+    second.wait_for("1: order-1 processing (delivery 2)", TIMEOUT)?;
     caught_up(&jetstream, "ORDERS", "order-processor").await?;
     let ended = stop(second)?;
     assert!(
@@ -99,13 +99,13 @@ async fn a_consumer_that_is_stopped_finishes_what_it_has_and_bytes_do_no_harm() 
             .await?;
     }
     let mut processor = working(CONSUMER, &[], "1500", &nats)?;
-    processor.wait_for("1: \u{fffd}\u{fffd} processing", SOON)?;
+    processor.wait_for("1: \u{fffd}\u{fffd} processing", TIMEOUT)?;
     let ended = stop(processor)?;
     assert!(ended.stdout.contains("1: acknowledged"), "{}", ended.stdout);
     let info = consumer(&jetstream, "ORDERS", "order-processor").await?;
     assert!(info.ack_floor.stream_sequence >= 1);
     let mut processor = working(CONSUMER, &[], "1", &nats)?;
-    processor.wait_for("3: acknowledged", SOON)?;
+    processor.wait_for("3: acknowledged", TIMEOUT)?;
     stop(processor)?;
     Ok(())
 }
@@ -116,7 +116,7 @@ async fn one_order_at_a_time_also_when_the_server_comes_back_meanwhile() -> Resu
     let nats = server()?;
     run(CONSUMER, &["send", "order-1", "order-2"], &nats)?.ok()?;
     let mut busy = working(CONSUMER, &[], "600000", &nats)?;
-    busy.wait_for("1: order-1 processing", SOON)?;
+    busy.wait_for("1: order-1 processing", TIMEOUT)?;
     nats.kill(1)?;
     nats.restart(1)?;
     // No other client is there yet, so these are words that the work goes on.
@@ -161,7 +161,7 @@ async fn every_acked_publish_is_delivered_although_the_server_is_killed_again_an
     run(CONSUMER, &["send"], &nats)?.ok()?;
     let jetstream = jetstream(&nats).await?;
     let mut processor = working(CONSUMER, &[], "0", &nats)?;
-    processor.wait_for("order-processor:", SOON)?;
+    processor.wait_for("order-processor:", TIMEOUT)?;
     let mut acked = BTreeSet::new();
     for round in 0..4 {
         for number in 0..PER_ROUND {
@@ -177,7 +177,7 @@ async fn every_acked_publish_is_delivered_although_the_server_is_killed_again_an
     }
     let last = publish(&jetstream, "orders.created", "order-last".into()).await?;
     caught_up(&jetstream, "ORDERS", "order-processor").await?;
-    processor.wait_for("order-last processing", SOON)?;
+    processor.wait_for("order-last processing", TIMEOUT)?;
     let delivered: BTreeSet<String> = processor
         .lines()
         .iter()
@@ -216,7 +216,7 @@ async fn however_often_it_is_sent_in_the_window_it_is_stored_once() -> Result<()
         let program = Example::new(DEDUP)
             .args(["send", id, times])
             .env("WINDOW_S", "600");
-        Ok(program.broker(&nats).spawn()?.wait(SOON)?.ok()?.stdout)
+        Ok(program.broker(&nats).spawn()?.wait(TIMEOUT)?.ok()?.stdout)
     };
     assert!(send("order-1", "50")?.ends_with("order-1: stored as 1 (duplicate)\n"));
     // Many at the same time, from several connections.
@@ -251,13 +251,13 @@ async fn however_often_it_is_sent_in_the_window_it_is_stored_once() -> Result<()
 async fn a_send_goes_on_over_an_outage_and_stores_once() -> Result<()> {
     let nats = server()?;
     let mut sending = start(DEDUP, &["send", "order-1", "3000"], &nats)?;
-    sending.wait_for("order-1: stored as 1", SOON)?;
+    sending.wait_for("order-1: stored as 1", TIMEOUT)?;
     // Frozen first, so that a try is under way when it dies.
     nats.pause(1)?;
-    sending.wait_for("no ack, another try follows", SOON)?;
+    sending.wait_for("no ack, another try follows", TIMEOUT)?;
     nats.kill(1)?;
     nats.restart(1)?;
-    let ended = sending.wait(2 * SOON)?.ok()?;
+    let ended = sending.wait(2 * TIMEOUT)?.ok()?;
     assert_eq!(ended.stdout.matches("order-1: stored as 1").count(), 3000);
     assert_eq!(ended.stdout.matches("(duplicate)").count(), 2999);
     let stream = jetstream(&nats).await?.get_stream("DEDUP").await?;
@@ -313,8 +313,8 @@ async fn a_dead_workers_job_goes_to_another_and_done_jobs_leave_the_queue() -> R
     let queued = run(WORK_QUEUE, &["send", "60"], &nats)?.ok()?;
     assert_eq!(queued.stdout, "queued 60 jobs; waiting in the queue: 60\n");
     let mut dying = working(WORK_QUEUE, &["work", "anna"], "600000", &nats)?;
-    dying.wait_for("is ready", SOON)?;
-    let deadline = std::time::Instant::now() + SOON;
+    dying.wait_for("is ready", TIMEOUT)?;
+    let deadline = std::time::Instant::now() + TIMEOUT;
     while consumer(&jetstream, "WORK_QUEUE", "workers")
         .await?
         .num_ack_pending
@@ -390,11 +390,11 @@ async fn no_failed_order_is_lost_and_each_is_a_dead_letter_once() -> Result<()> 
         .await?;
 
     let mut processor = start(RETRY, &[], &nats)?;
-    processor.wait_for("2: failed (delivery 2)", SOON)?;
+    processor.wait_for("2: failed (delivery 2)", TIMEOUT)?;
     processor.kill()?;
     let mut processor = start(RETRY, &[], &nats)?;
     let dead = jetstream.get_stream("RETRY_DEAD").await?;
-    let deadline = std::time::Instant::now() + SOON;
+    let deadline = std::time::Instant::now() + TIMEOUT;
     while dead.get_info().await?.state.messages < 4 {
         anyhow::ensure!(
             std::time::Instant::now() < deadline,
@@ -471,8 +471,8 @@ async fn no_failed_order_is_lost_and_each_is_a_dead_letter_once() -> Result<()> 
         .env("HEALED", "1")
         .broker(&nats)
         .spawn()?;
-    healed.wait_for("bad-", SOON)?;
-    let deadline = std::time::Instant::now() + SOON;
+    healed.wait_for("bad-", TIMEOUT)?;
+    let deadline = std::time::Instant::now() + TIMEOUT;
     while dead.get_info().await?.state.messages < 1 {
         anyhow::ensure!(
             std::time::Instant::now() < deadline,
@@ -481,7 +481,7 @@ async fn no_failed_order_is_lost_and_each_is_a_dead_letter_once() -> Result<()> 
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     for _ in 0..2 {
-        healed.wait_for("bad-", SOON)?;
+        healed.wait_for("bad-", TIMEOUT)?;
     }
     let ended = stop(healed)?;
     assert_eq!(
@@ -510,7 +510,7 @@ async fn no_order_stops_the_burials_and_none_is_buried_again_after_its_replay() 
     }
     publish(&jetstream, "retry.causes.2", "a\r\nb".into()).await?;
     let mut processor = start(RETRY, &[], &nats)?;
-    processor.wait_for("4: dead letter 1", SOON)?;
+    processor.wait_for("4: dead letter 1", TIMEOUT)?;
     let advise = async || {
         for sequence in [2, 3] {
             let advisory = format!(r#"{{"stream_seq":{sequence},"deliveries":4}}"#);
@@ -520,8 +520,8 @@ async fn no_order_stops_the_burials_and_none_is_buried_again_after_its_replay() 
     };
     publish(&jetstream, GIVEN_UP, "no advisory".into()).await?;
     advise().await?;
-    processor.wait_for("2: dead letter 2", SOON)?;
-    processor.wait_for("3: dead letter 3", SOON)?;
+    processor.wait_for("2: dead letter 2", TIMEOUT)?;
+    processor.wait_for("3: dead letter 3", TIMEOUT)?;
     let dead = jetstream.get_stream("RETRY_DEAD").await?;
     let letter = dead.get_raw_message(2).await?;
     assert_eq!(letter.headers.get("Cause").unwrap().as_str(), "a  b");
@@ -532,7 +532,7 @@ async fn no_order_stops_the_burials_and_none_is_buried_again_after_its_replay() 
     }
     // While they are there, and when they are replayed: no second one.
     advise().await?;
-    processor.wait_for("3: is a dead letter already", SOON)?;
+    processor.wait_for("3: is a dead letter already", TIMEOUT)?;
     let nowhere = PublishMessage::build().payload("from nowhere".into());
     jetstream
         .send_publish("retry.dead.99", nowhere)
@@ -541,8 +541,8 @@ async fn no_order_stops_the_burials_and_none_is_buried_again_after_its_replay() 
     nats.kill(1)?;
     nats.restart(1)?;
     let mut replay = start(RETRY, &["replay"], &nats)?;
-    replay.wait_for("dead letter 4: not replayed: no origin", SOON)?;
-    let replayed = replay.wait(SOON)?;
+    replay.wait_for("dead letter 4: not replayed: no origin", TIMEOUT)?;
+    let replayed = replay.wait(TIMEOUT)?;
     assert!(
         replayed.stdout.ends_with("replayed 3\n"),
         "{}",
@@ -580,7 +580,7 @@ async fn a_reader_that_follows_misses_and_repeats_nothing_over_an_outage() -> Re
     let nats = server()?;
     let jetstream = jetstream(&nats).await?;
     let mut reader = start(REPLAY, &["follow"], &nats)?;
-    reader.wait_for("following", SOON)?;
+    reader.wait_for("following", TIMEOUT)?;
     let mut stored = Vec::new();
     for number in 0..150 {
         if number == 50 || number == 100 {
@@ -589,7 +589,7 @@ async fn a_reader_that_follows_misses_and_repeats_nothing_over_an_outage() -> Re
         }
         publish(&jetstream, "replay.sensor.a", format!("reading-{number}")).await?;
     }
-    reader.wait_for("reading-149", SOON)?;
+    reader.wait_for("reading-149", TIMEOUT)?;
     let stream = jetstream.get_stream("REPLAY").await?;
     let last = stream.get_info().await?.state.last_sequence;
     for sequence in 1..=last {
@@ -614,7 +614,7 @@ async fn what_is_sent_again_after_an_outage_is_stored_once() -> Result<()> {
     let mut publisher = start(ASYNC_PUBLISH, &[&COUNT.to_string(), "64"], &nats)?;
     // In the middle of either way of publishing.
     for from in [1000, COUNT + 500] {
-        let deadline = std::time::Instant::now() + 2 * SOON;
+        let deadline = std::time::Instant::now() + 2 * TIMEOUT;
         let stored = loop {
             let stream = jetstream.get_stream("ASYNC_PUBLISH").await;
             let stored = stream.map_or(0, |stream| stream.cached_info().state.messages);
@@ -636,7 +636,7 @@ async fn what_is_sent_again_after_an_outage_is_stored_once() -> Result<()> {
             nats.restart(1)?;
         }
     }
-    let ended = publisher.wait(3 * SOON)?.ok()?;
+    let ended = publisher.wait(3 * TIMEOUT)?.ok()?;
     let said = &ended.stdout;
     assert_eq!(
         said.matches(&format!(": {COUNT} acknowledged")).count(),
@@ -699,10 +699,10 @@ async fn killed_twice_and_sent_twice_and_still_paid_once() -> Result<()> {
     for kill_after in [200, 600] {
         let mut consumer = books_consumer(&nats, &books, "100000")?;
         for _ in 0..kill_after {
-            consumer.wait_for("p-", SOON)?;
+            consumer.wait_for("p-", TIMEOUT)?;
         }
         consumer.kill()?;
-        consumer.wait(SOON)?;
+        consumer.wait(TIMEOUT)?;
         again += consumer
             .lines()
             .iter()
@@ -752,8 +752,8 @@ async fn ids_are_bounded_and_what_is_no_payment_is_kept_aside() -> Result<()> {
     payloads.extend([payment(19), payment(0), payment(99)]);
     pay(&jetstream, payloads).await?;
     let mut consumer = books_consumer(&nats, &books, "5")?;
-    consumer.wait_for("p-19: seen before", SOON)?;
-    consumer.wait_for("p-99:", SOON)?;
+    consumer.wait_for("p-19: seen before", TIMEOUT)?;
+    consumer.wait_for("p-99:", TIMEOUT)?;
     caught_up(&jetstream, "PAYMENTS", "books").await?;
     stop(consumer)?;
     assert_eq!(number(&books, "SELECT count(*) FROM seen")?, 5);
@@ -772,7 +772,7 @@ async fn ids_are_bounded_and_what_is_no_payment_is_kept_aside() -> Result<()> {
     payloads.push(b"another".to_vec());
     pay(&jetstream, payloads).await?;
     let mut consumer = books_consumer(&nats, &books, "5")?;
-    consumer.wait_for("message 21: rejected", SOON)?;
+    consumer.wait_for("message 21: rejected", TIMEOUT)?;
     stop(consumer)?;
     let another = "SELECT count(*) FROM rejected WHERE payload = CAST('another' AS BLOB)";
     assert_eq!(number(&books, another)?, 1);
@@ -786,11 +786,11 @@ async fn a_customers_orders_stay_in_one_partition_and_in_order() -> Result<()> {
     let jetstream = jetstream(&nats).await?;
     run(PARTITIONS, &["send", "120"], &nats)?.ok()?;
     let mut dying = working(PARTITIONS, &[], "20", &nats)?;
-    dying.wait_for("order", SOON)?;
+    dying.wait_for("order", TIMEOUT)?;
     let staying = working(PARTITIONS, &[], "20", &nats)?;
-    dying.wait_for("order", SOON)?;
+    dying.wait_for("order", TIMEOUT)?;
     dying.kill()?;
-    dying.wait(SOON)?;
+    dying.wait(TIMEOUT)?;
     for partition in 0..3 {
         caught_up(&jetstream, "PARTITIONS", &format!("partition-{partition}")).await?;
     }
@@ -852,7 +852,7 @@ async fn the_monitor_tells_pending_unacknowledged_and_lost_apart() -> Result<()>
     let consumer = stream
         .create_consumer(jetstream::consumer::pull::Config {
             durable_name: Some("reader".into()),
-            ack_wait: SOON,
+            ack_wait: TIMEOUT,
             ..Default::default()
         })
         .await?;
@@ -863,16 +863,16 @@ async fn the_monitor_tells_pending_unacknowledged_and_lost_apart() -> Result<()>
         .spawn()?;
     monitor.wait_for(
         "SMALL/reader: pending 0, unacknowledged 0, redelivered 0, lag 0",
-        SOON,
+        TIMEOUT,
     )?;
     for _ in 0..5 {
         publish(&jetstream, "small", "x".into()).await?;
     }
     monitor.wait_for(
         "SMALL/reader: pending 5, unacknowledged 0, redelivered 0, lag 5",
-        SOON,
+        TIMEOUT,
     )?;
-    monitor.wait_for("WARNING: SMALL/reader is ", SOON)?;
+    monitor.wait_for("WARNING: SMALL/reader is ", TIMEOUT)?;
     let mut fetched = consumer.fetch().max_messages(5).messages().await?;
     let mut messages = Vec::new();
     while let Some(message) = futures::StreamExt::next(&mut fetched).await {
@@ -881,7 +881,7 @@ async fn the_monitor_tells_pending_unacknowledged_and_lost_apart() -> Result<()>
     assert_eq!(messages.len(), 5);
     monitor.wait_for(
         "SMALL/reader: pending 0, unacknowledged 5, redelivered 0, lag 5",
-        SOON,
+        TIMEOUT,
     )?;
     for message in messages {
         message
@@ -889,27 +889,27 @@ async fn the_monitor_tells_pending_unacknowledged_and_lost_apart() -> Result<()>
             .await
             .map_err(anyhow::Error::from_boxed)?;
     }
-    monitor.wait_for("recovered: SMALL/reader is ", SOON)?;
+    monitor.wait_for("recovered: SMALL/reader is ", TIMEOUT)?;
     // Eight come, the stream keeps five: three are gone before anybody was given them.
     for _ in 0..8 {
         publish(&jetstream, "small", "x".into()).await?;
     }
     monitor.wait_for(
         "LOST: SMALL/reader: the stream dropped 3 messages undelivered",
-        SOON,
+        TIMEOUT,
     )?;
     // A stream that is not there is not one without lag.
     let mut mistaken = start(LAG, &["SMAL"], &nats)?;
-    mistaken.wait_for("there is no stream SMAL", SOON)?;
+    mistaken.wait_for("there is no stream SMAL", TIMEOUT)?;
     stop(mistaken)?;
     // Not to know is no reason to end.
     nats.kill(1)?;
-    monitor.wait_for("lag unknown", SOON)?;
+    monitor.wait_for("lag unknown", TIMEOUT)?;
     nats.restart(1)?;
     publish(&jetstream, "small", "x".into()).await?;
     monitor.wait_for(
         "LOST: SMALL/reader: the stream dropped 4 messages undelivered",
-        SOON,
+        TIMEOUT,
     )?;
     stop(monitor)?;
     Ok(())

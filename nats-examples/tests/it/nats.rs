@@ -10,7 +10,7 @@ use compose::harness::{Example, Finished, Running};
 use compose::probe::http_get;
 use compose::{Broker, Service};
 
-pub use compose::harness::SOON;
+pub use compose::harness::TIMEOUT;
 
 pub fn server() -> Result<Broker> {
     Broker::private(Service::Nats)
@@ -22,12 +22,12 @@ pub fn start(program: &str, args: &[&str], nats: &Broker) -> Result<Running> {
 
 /// Runs it to its end, whatever that is.
 pub fn run(program: &str, args: &[&str], nats: &Broker) -> Result<Finished> {
-    start(program, args, nats)?.wait(SOON)
+    start(program, args, nats)?.wait(TIMEOUT)
 }
 
 pub fn stop(mut running: Running) -> Result<Finished> {
     running.interrupt()?;
-    running.wait(SOON)?.ok()
+    running.wait(TIMEOUT)?.ok()
 }
 
 pub async fn jetstream(nats: &Broker) -> Result<jetstream::Context> {
@@ -50,7 +50,7 @@ pub async fn consumer(jetstream: &jetstream::Context, stream: &str, name: &str) 
 
 /// Until nothing is to come any more, and nothing is unacknowledged.
 pub async fn caught_up(jetstream: &jetstream::Context, stream: &str, name: &str) -> Result<()> {
-    let deadline = Instant::now() + 2 * SOON;
+    let deadline = Instant::now() + 2 * TIMEOUT;
     loop {
         // A server that is just back may not answer yet.
         let info = consumer(jetstream, stream, name).await;
@@ -83,14 +83,14 @@ pub async fn handed_over(nats: &Broker, client: &async_nats::Client) -> Result<(
 /// The server's connections, by its monitoring page.
 pub fn connections(nats: &Broker) -> Result<Vec<serde_json::Value>> {
     let page = format!("{}/connz", nats.web()[0]);
-    let (_, text) = http_get(&page, SOON).with_context(|| format!("no answer from {page}"))?;
+    let (_, text) = http_get(&page, TIMEOUT).with_context(|| format!("no answer from {page}"))?;
     let page: serde_json::Value = serde_json::from_str(&text)?;
     let connections = page["connections"].as_array();
     Ok(connections.context("no list of connections")?.clone())
 }
 
 pub fn until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     while !holds().with_context(|| format!("waiting until {what}"))? {
         ensure!(Instant::now() < deadline, "never: {what}");
         thread::sleep(Duration::from_millis(20));

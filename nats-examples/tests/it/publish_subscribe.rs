@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::Client;
-use compose::harness::{Example, Running, SOON};
+use compose::harness::{Example, Running, TIMEOUT};
 use compose::probe::http_get;
 use compose::{Broker, Service};
 use futures::StreamExt;
@@ -15,9 +15,9 @@ use crate::nats::handed_over;
 fn subscriber(nats: &Broker, pattern: &str) -> Result<Running> {
     let program = Example::new(env!("CARGO_BIN_EXE_nats_subscribe"));
     let mut running = program.args([pattern]).broker(nats).spawn()?;
-    running.wait_for("listening on", SOON)?;
+    running.wait_for("listening on", TIMEOUT)?;
     // So the subscription is written to its connection. The server may still read ours first.
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     while !subjects(nats)?.iter().any(|known| known == pattern) {
         ensure!(
             Instant::now() < deadline,
@@ -31,7 +31,7 @@ fn subscriber(nats: &Broker, pattern: &str) -> Result<Running> {
 /// What the server has subscriptions to, by its monitoring page.
 fn subjects(nats: &Broker) -> Result<Vec<String>> {
     let page = format!("{}/subsz?subs=1", nats.web()[0]);
-    let (_, text) = http_get(&page, SOON).with_context(|| format!("no answer from {page}"))?;
+    let (_, text) = http_get(&page, TIMEOUT).with_context(|| format!("no answer from {page}"))?;
     let page: serde_json::Value = serde_json::from_str(&text)?;
     let list = page["subscriptions_list"].as_array();
     Ok(list
@@ -44,7 +44,7 @@ fn subjects(nats: &Broker) -> Result<Vec<String>> {
 /// What the subscriber printed between "listening" and "drained".
 fn received(mut subscriber: Running) -> Result<Vec<String>> {
     subscriber.interrupt()?;
-    let ended = subscriber.wait(SOON)?.ok()?;
+    let ended = subscriber.wait(TIMEOUT)?.ok()?;
     let mut lines: Vec<_> = ended.stdout.lines().skip(1).map(str::to_owned).collect();
     let last = lines.pop().unwrap_or_default();
     assert_eq!(last, format!("drained; messages handled: {}", lines.len()));
@@ -67,10 +67,10 @@ async fn the_published_events_reach_a_subscriber() -> Result<()> {
     Example::new(env!("CARGO_BIN_EXE_nats_publish"))
         .broker(&nats)
         .spawn()?
-        .wait(SOON)?
+        .wait(TIMEOUT)?
         .ok()?;
     for subject in ["events.user.created", "events.user.updated"] {
-        let message = tokio::time::timeout(SOON, events.next()).await?.unwrap();
+        let message = tokio::time::timeout(TIMEOUT, events.next()).await?.unwrap();
         assert_eq!(message.subject.as_str(), subject);
         assert_eq!(message.payload, "User ID: 123");
     }
@@ -135,7 +135,7 @@ async fn drain_hands_out_all_that_is_already_here() -> Result<()> {
     let mut subscriber = subscriber(&nats, "burst")?;
     // Handled, so that it surely listens for Ctrl-C.
     publish(&client, &[("burst", "first")]).await?;
-    subscriber.wait_for("burst: first", SOON)?;
+    subscriber.wait_for("burst: first", TIMEOUT)?;
     subscriber.pause()?;
     for number in 0..MANY {
         client.publish("burst", number.to_string().into()).await?;
@@ -143,7 +143,7 @@ async fn drain_hands_out_all_that_is_already_here() -> Result<()> {
     handed_over(&nats, &client).await?;
     subscriber.interrupt()?;
     subscriber.resume()?;
-    let ended = subscriber.wait(SOON)?.ok()?;
+    let ended = subscriber.wait(TIMEOUT)?.ok()?;
     let mut expected = vec!["listening on burst; Ctrl-C to stop".to_owned()];
     expected.push("burst: first".into());
     expected.extend((0..MANY).map(|number| format!("burst: {number}")));
@@ -157,10 +157,10 @@ async fn ctrl_c_ends_it_also_while_the_server_is_away() -> Result<()> {
     let nats = Broker::private(Service::Nats)?;
     let mut subscriber = subscriber(&nats, "events.>")?;
     nats.kill(1)?;
-    subscriber.wait_for("disconnected", SOON)?;
+    subscriber.wait_for("disconnected", TIMEOUT)?;
     subscriber.interrupt()?;
-    subscriber.wait_for("does not answer", SOON)?;
-    subscriber.wait(SOON)?.ok()?;
+    subscriber.wait_for("does not answer", TIMEOUT)?;
+    subscriber.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -180,6 +180,6 @@ async fn bytes_that_are_no_text_do_no_harm() -> Result<()> {
 }
 
 fn received_after(mut subscriber: Running, last: &str) -> Result<Vec<String>> {
-    subscriber.wait_for(last, SOON)?;
+    subscriber.wait_for(last, TIMEOUT)?;
     received(subscriber)
 }

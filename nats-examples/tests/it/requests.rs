@@ -6,7 +6,7 @@ use anyhow::Result;
 use async_nats::Request;
 use futures::StreamExt;
 
-use crate::nats::{SOON, round_trip, run, server, start, stop};
+use crate::nats::{TIMEOUT, round_trip, run, server, start, stop};
 
 const RESPONDER: &str = env!("CARGO_BIN_EXE_nats_responder");
 const REQUESTER: &str = env!("CARGO_BIN_EXE_nats_requester");
@@ -18,7 +18,7 @@ async fn malformed_requests_get_an_error_and_the_responder_lives_on() -> Result<
     let nats = server()?;
     let client = async_nats::connect(nats.address()).await?;
     let mut responder = start(RESPONDER, &[], &nats)?;
-    responder.wait_for("answering", SOON)?;
+    responder.wait_for("answering", TIMEOUT)?;
     let large = vec![b'x'; 900_000];
     let cases: [(&[u8], Result<&str, &str>); 12] = [
         (b"10, 20, 30", Ok("60")),
@@ -77,7 +77,7 @@ fn no_responders_a_timeout_and_an_answer_are_three_things() -> Result<()> {
     assert!(nobody.stderr.contains("no responders"), "{}", nobody.stderr);
 
     let mut responder = start(RESPONDER, &[], &nats)?;
-    responder.wait_for("answering", SOON)?;
+    responder.wait_for("answering", TIMEOUT)?;
     responder.pause()?;
     let silence = run(REQUESTER, &["1"], &nats)?;
     assert_eq!(silence.code(), 1);
@@ -102,7 +102,7 @@ async fn several_responders_share_and_each_request_is_answered_once() -> Result<
     let mut responders = Vec::new();
     for _ in 0..2 {
         let mut responder = start(RESPONDER, &[], &nats)?;
-        responder.wait_for("answering", SOON)?;
+        responder.wait_for("answering", TIMEOUT)?;
         responders.push(responder);
     }
     // Collected in an inbox: a request would hide a second answer.
@@ -115,7 +115,9 @@ async fn several_responders_share_and_each_request_is_answered_once() -> Result<
     }
     let mut seen = Vec::new();
     for _ in 0..MANY {
-        let answer = tokio::time::timeout(SOON, answers.next()).await?.unwrap();
+        let answer = tokio::time::timeout(TIMEOUT, answers.next())
+            .await?
+            .unwrap();
         seen.push(std::str::from_utf8(&answer.payload)?.parse::<usize>()?);
     }
     seen.sort_unstable();
@@ -157,7 +159,7 @@ async fn the_gatherer_takes_what_comes_in_time_and_what_makes_sense() -> Result<
     let mut shops = Vec::new();
     for (name, price) in [("a", "3"), ("b", "2"), ("frozen", "1")] {
         let mut shop = start(GATHER, &["offer", name, price], &nats)?;
-        shop.wait_for("offers", SOON)?;
+        shop.wait_for("offers", TIMEOUT)?;
         shops.push(shop);
     }
     shops[2].pause()?;
@@ -182,7 +184,7 @@ async fn a_service_is_found_counts_its_errors_and_survives_them() -> Result<()> 
     let mut services = Vec::new();
     for _ in 0..2 {
         let mut service = start(SERVICE, &[], &nats)?;
-        service.wait_for("serves", SOON)?;
+        service.wait_for("serves", TIMEOUT)?;
         services.push(service);
     }
     // No reply subject: nothing to answer.
@@ -191,7 +193,7 @@ async fn a_service_is_found_counts_its_errors_and_survives_them() -> Result<()> 
         for _ in 0..10 {
             let request = Request::new()
                 .payload(request.to_vec().into())
-                .timeout(Some(SOON));
+                .timeout(Some(TIMEOUT));
             let reply = client.send_request("text.upper", request).await?;
             let code = reply
                 .headers
@@ -204,7 +206,7 @@ async fn a_service_is_found_counts_its_errors_and_survives_them() -> Result<()> 
         }
     }
     // What the services say about themselves, asked without the example. An answer is sent before it is counted.
-    let deadline = std::time::Instant::now() + SOON;
+    let deadline = std::time::Instant::now() + TIMEOUT;
     loop {
         let inbox = client.new_inbox();
         let mut answers = client.subscribe(inbox.clone()).await?;
@@ -213,7 +215,9 @@ async fn a_service_is_found_counts_its_errors_and_survives_them() -> Result<()> 
             .await?;
         let (mut requests, mut errors) = (0, 0);
         for _ in 0..2 {
-            let answer = tokio::time::timeout(SOON, answers.next()).await?.unwrap();
+            let answer = tokio::time::timeout(TIMEOUT, answers.next())
+                .await?
+                .unwrap();
             let stats: serde_json::Value = serde_json::from_slice(&answer.payload)?;
             for endpoint in stats["endpoints"].as_array().unwrap() {
                 requests += endpoint["num_requests"].as_u64().unwrap();

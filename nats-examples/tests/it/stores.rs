@@ -6,7 +6,7 @@ use anyhow::Result;
 use compose::Broker;
 use compose::harness::{Example, Running};
 
-use crate::nats::{SOON, jetstream, run, server, start, until};
+use crate::nats::{TIMEOUT, jetstream, run, server, start, until};
 
 const KV: &str = env!("CARGO_BIN_EXE_nats_kv");
 const OBJECTS: &str = env!("CARGO_BIN_EXE_nats_object_store");
@@ -22,7 +22,7 @@ async fn three_buyers_never_sell_more_than_there_is() -> Result<()> {
     }
     let (mut bought, mut conflicts) = (0, 0);
     for mut buyer in buyers {
-        let said = buyer.wait(SOON)?.ok()?.stdout;
+        let said = buyer.wait(TIMEOUT)?.ok()?.stdout;
         let numbers: Vec<u32> = said
             .split(|c: char| !c.is_ascii_digit())
             .filter_map(|n| n.parse().ok())
@@ -61,22 +61,24 @@ async fn a_damaged_object_leaves_no_file_and_a_broken_upload_no_object() -> Resu
         .flat_map(|number| number.to_le_bytes())
         .collect();
     std::fs::write(folder.path().join("film.bin"), &original)?;
-    here(&["put", "film.bin"])?.wait(SOON)?.ok()?;
-    here(&["get", "film.bin", "copy.bin"])?.wait(SOON)?.ok()?;
+    here(&["put", "film.bin"])?.wait(TIMEOUT)?.ok()?;
+    here(&["get", "film.bin", "copy.bin"])?
+        .wait(TIMEOUT)?
+        .ok()?;
     assert!(
         std::fs::read(folder.path().join("copy.bin"))? == original,
         "the copy differs"
     );
     std::fs::write(folder.path().join("empty.bin"), "")?;
-    here(&["put", "empty.bin"])?.wait(SOON)?.ok()?;
+    here(&["put", "empty.bin"])?.wait(TIMEOUT)?.ok()?;
     here(&["get", "empty.bin", "nothing.bin"])?
-        .wait(SOON)?
+        .wait(TIMEOUT)?
         .ok()?;
     assert_eq!(std::fs::read(folder.path().join("nothing.bin"))?, b"");
 
     let stream = jetstream(&nats).await?.get_stream("OBJ_FILES").await?;
     assert!(stream.delete_message(3).await?);
-    let damaged = here(&["get", "film.bin", "damaged.bin"])?.wait(SOON)?;
+    let damaged = here(&["get", "film.bin", "damaged.bin"])?.wait(TIMEOUT)?;
     assert_eq!(damaged.code(), 1);
     assert!(
         damaged.stderr.contains("nothing is kept"),
@@ -87,9 +89,9 @@ async fn a_damaged_object_leaves_no_file_and_a_broken_upload_no_object() -> Resu
         assert!(!folder.path().join(name).exists(), "{name}");
     }
     let mut upload = here(&["put", "large.bin", "900000000"])?;
-    upload.wait_for("large.bin: 1 MB", SOON)?;
+    upload.wait_for("large.bin: 1 MB", TIMEOUT)?;
     upload.kill()?;
-    let list = here(&["list"])?.wait(SOON)?.ok()?;
+    let list = here(&["list"])?.wait(TIMEOUT)?.ok()?;
     assert!(!list.stdout.contains("large.bin"), "{}", list.stdout);
     assert!(
         list.stdout.contains("film.bin: 2800000 bytes"),
@@ -116,15 +118,15 @@ fn counts(candidate: &mut Running) -> Vec<(u64, u64)> {
 fn one_leads_another_takes_over_and_a_frozen_one_is_fenced() -> Result<()> {
     let nats = server()?;
     let mut anna = candidate("anna", &nats)?;
-    anna.wait_for("anna leads", SOON)?;
+    anna.wait_for("anna leads", TIMEOUT)?;
     let (mut ben, mut carl) = (candidate("ben", &nats)?, candidate("carl", &nats)?);
-    ben.wait_for("ben waits: anna leads", SOON)?;
-    carl.wait_for("carl waits: anna leads", SOON)?;
-    anna.wait_for("count", SOON)?;
+    ben.wait_for("ben waits: anna leads", TIMEOUT)?;
+    carl.wait_for("carl waits: anna leads", TIMEOUT)?;
+    anna.wait_for("count", TIMEOUT)?;
 
     // Killed: the lease runs out, and exactly one follows.
     anna.kill()?;
-    anna.wait(SOON)?;
+    anna.wait(TIMEOUT)?;
     until("another leads", || {
         Ok(!counts(&mut ben).is_empty() || !counts(&mut carl).is_empty())
     })?;
@@ -136,19 +138,19 @@ fn one_leads_another_takes_over_and_a_frozen_one_is_fenced() -> Result<()> {
 
     // Frozen past its lease: another leads, and the old leader's next write is refused.
     leader.pause()?;
-    other.wait_for(" leads with token", SOON)?;
-    other.wait_for("count", SOON)?;
+    other.wait_for(" leads with token", TIMEOUT)?;
+    other.wait_for("count", TIMEOUT)?;
     leader.resume()?;
-    leader.wait_for("steps down", SOON)?;
-    leader.wait_for("waits: ", SOON)?;
+    leader.wait_for("steps down", TIMEOUT)?;
+    leader.wait_for("waits: ", TIMEOUT)?;
 
     let (anna, mut leader, mut other) = (&mut anna, leader, other);
     other.interrupt()?;
-    other.wait(SOON)?.ok()?;
-    leader.wait_for(" leads with token", SOON)?;
-    leader.wait_for("count", SOON)?;
+    other.wait(TIMEOUT)?.ok()?;
+    leader.wait_for(" leads with token", TIMEOUT)?;
+    leader.wait_for("count", TIMEOUT)?;
     leader.interrupt()?;
-    leader.wait(SOON)?.ok()?;
+    leader.wait(TIMEOUT)?.ok()?;
 
     // All that was ever counted: no number twice, and tokens that only rise. So none wrote after its successor.
     let mut all = BTreeMap::new();

@@ -40,7 +40,7 @@ const SUBSCRIPTION: &str = "tenancy-reader";
 const MESSAGES: u64 = 5;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a rule may take to act.
-const SOON: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -50,7 +50,7 @@ async fn main() -> anyhow::Result<()> {
     let admin =
         std::env::var("PULSAR_ADMIN_URL").unwrap_or_else(|_| "http://localhost:8080".into());
     let admin = Admin {
-        http: reqwest::Client::builder().timeout(SOON).build()?,
+        http: reqwest::Client::builder().timeout(TIMEOUT).build()?,
         url: admin,
     };
     admin.set_up().await?;
@@ -167,7 +167,7 @@ async fn retention(
             .ask(Method::PUT, &format!("persistent/{topic}/unload"), None)
             .await?;
     }
-    let limit = Instant::now() + SOON;
+    let limit = Instant::now() + TIMEOUT;
     while admin.stored(&plain).await? > 0 {
         for topic in [&plain, &kept] {
             // What the broker does by itself every two minutes.
@@ -176,7 +176,7 @@ async fn retention(
         }
         ensure!(
             Instant::now() < limit,
-            "{plain} is still there after {SOON:?}"
+            "{plain} is still there after {TIMEOUT:?}"
         );
         sleep(Duration::from_millis(200)).await;
     }
@@ -201,11 +201,11 @@ async fn time_to_live(
         subscribe(pulsar, topic).await?.close().await?;
         send(pulsar, topic, MESSAGES as usize).await?;
     }
-    let limit = Instant::now() + SOON;
+    let limit = Instant::now() + TIMEOUT;
     while admin.backlog(&brief).await? > 0 {
         ensure!(
             Instant::now() < limit,
-            "{brief} has not expired after {SOON:?}"
+            "{brief} has not expired after {TIMEOUT:?}"
         );
         sleep(Duration::from_secs(1)).await;
         admin.expire_after_a_second().await?;
@@ -241,11 +241,11 @@ async fn backlog_quota(
     timeout(PATIENCE, consumer.close())
         .await
         .context("no answer to the close")??;
-    let limit = Instant::now() + SOON;
+    let limit = Instant::now() + TIMEOUT;
     while let Err(error) = send(pulsar, &topic, 1).await {
         ensure!(
             Instant::now() < limit,
-            "still refused after {SOON:?}: {error:#}"
+            "still refused after {TIMEOUT:?}: {error:#}"
         );
         sleep(Duration::from_millis(200)).await;
     }

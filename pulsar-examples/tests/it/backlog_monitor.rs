@@ -3,7 +3,7 @@
 use anyhow::Result;
 use compose::harness::Example;
 
-use crate::support::{SOON, client, consumer, next, send, shared, stop, topic, until};
+use crate::support::{TIMEOUT, client, consumer, next, send, shared, stop, topic, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backlog_is_warned_of_and_the_warning_taken_back() -> Result<()> {
@@ -18,12 +18,12 @@ async fn a_backlog_is_warned_of_and_the_warning_taken_back() -> Result<()> {
     let mut monitor = program.spawn()?;
     monitor.wait_for(
         "monitored-orders / monitored-worker: backlog 0, in work 0, consumers 1",
-        SOON,
+        TIMEOUT,
     )?;
     send(&client, &orders, (0..12).map(|number| number.to_string())).await?;
     monitor.wait_for(
         "WARNING: monitored-orders / monitored-worker is 12 behind, over the threshold of 11",
-        SOON,
+        TIMEOUT,
     )?;
     let mut held = Vec::new();
     for _ in 0..12 {
@@ -41,10 +41,16 @@ async fn a_backlog_is_warned_of_and_the_warning_taken_back() -> Result<()> {
     for message in &held[..5] {
         worker.ack(message).await?;
     }
-    monitor.wait_for("recovered: monitored-orders / monitored-worker is ", SOON)?;
+    monitor.wait_for(
+        "recovered: monitored-orders / monitored-worker is ",
+        TIMEOUT,
+    )?;
     worker.close().await?;
     drop(worker);
-    monitor.wait_for("monitored-worker: backlog 7, in work 0, consumers 0", SOON)?;
+    monitor.wait_for(
+        "monitored-worker: backlog 7, in work 0, consumers 0",
+        TIMEOUT,
+    )?;
     let printed = stop(&mut monitor)?;
     let alarms = printed.matches("WARNING: monitored-orders").count();
     assert_eq!(alarms, 1, "said once: {printed}");

@@ -8,7 +8,7 @@ use compose::harness::{Example, Running};
 use rusqlite::Connection;
 
 use crate::support::{
-    SOON, backlog, client, consumer, own, run, send, start, stats, stop, topic, until,
+    TIMEOUT, backlog, client, consumer, own, run, send, start, stats, stop, topic, until,
 };
 
 const PAYMENTS: &str = env!("CARGO_BIN_EXE_pulsar_idempotent_consumer");
@@ -42,7 +42,7 @@ async fn killed_and_repeated_and_still_once() -> Result<()> {
     })
     .await?;
     cut.kill()?;
-    cut.wait(SOON)?;
+    cut.wait(TIMEOUT)?;
     let repeated = run(PAYMENTS, broker, &["send", "monday", "1500"])?;
     let dropped: u64 = repeated
         .trim_end()
@@ -63,10 +63,10 @@ async fn killed_and_repeated_and_still_once() -> Result<()> {
     assert_eq!(backlog(broker, &payments, "judge").await?, stored + 1500);
     let mut first = books(broker, &path, "100000")?;
     for _ in 0..500 {
-        first.wait_for("monday-", SOON)?;
+        first.wait_for("monday-", TIMEOUT)?;
     }
     first.kill()?;
-    first.wait(SOON)?;
+    first.wait(TIMEOUT)?;
     let mut second = books(broker, &path, "100000")?;
     until("all are acknowledged", async || {
         Ok(backlog(broker, &payments, "idempotent-payments").await? == 0)

@@ -9,7 +9,7 @@ use pulsar::consumer::InitialPosition;
 use pulsar::{ConsumerOptions, Pulsar, SubType, TokioExecutor};
 
 use crate::support::{
-    SOON, backlog, client, consumer, next, numbers, run, send, shared, start, stop, topic, until,
+    TIMEOUT, backlog, client, consumer, next, numbers, run, send, shared, start, stop, topic, until,
 };
 
 const SCHEMA: &str = env!("CARGO_BIN_EXE_pulsar_schema");
@@ -22,7 +22,7 @@ async fn an_incompatible_schema_is_refused_and_rubbish_is_kept() -> Result<()> {
     let broker = shared()?;
     run(SCHEMA, broker, &["send", "v1"])?;
     run(SCHEMA, broker, &["send", "v2"])?;
-    let refused = start(SCHEMA, broker, &["send", "incompatible"])?.wait(SOON)?;
+    let refused = start(SCHEMA, broker, &["send", "incompatible"])?.wait(TIMEOUT)?;
     assert_eq!(refused.code(), 1);
     assert!(
         refused
@@ -33,10 +33,13 @@ async fn an_incompatible_schema_is_refused_and_rubbish_is_kept() -> Result<()> {
     );
     let mut reader = start(SCHEMA, broker, &[])?;
     // New to this subscription: it begins with the first message.
-    reader.wait_for("order-1: 4999 EUR, schema version 0", SOON)?;
-    reader.wait_for("order-2: 4999 USD, schema version 1", SOON)?;
+    reader.wait_for("order-1: 4999 EUR, schema version 0", TIMEOUT)?;
+    reader.wait_for("order-2: 4999 USD, schema version 1", TIMEOUT)?;
     run(SCHEMA, broker, &["send", "rubbish"])?;
-    reader.wait_for("not an order, kept in the backlog (schema version 1)", SOON)?;
+    reader.wait_for(
+        "not an order, kept in the backlog (schema version 1)",
+        TIMEOUT,
+    )?;
     stop(&mut reader)?;
     let orders = "persistent://public/schema-example/orders";
     assert_eq!(backlog(broker, orders, "schema-reader").await?, 1);
@@ -47,7 +50,7 @@ async fn an_incompatible_schema_is_refused_and_rubbish_is_kept() -> Result<()> {
 async fn each_rule_acts_in_its_namespace_and_only_there_also_the_second_time() -> Result<()> {
     let broker = shared()?;
     for _ in 0..2 {
-        let limit = 4 * SOON;
+        let limit = 4 * TIMEOUT;
         let printed = start(TENANTS, broker, &[])?.wait(limit)?.ok()?.stdout;
         for line in [
             "plain still has 0 of 5 messages, kept has 5\n",
@@ -65,9 +68,9 @@ async fn each_rule_acts_in_its_namespace_and_only_there_also_the_second_time() -
 async fn what_either_cluster_stored_arrives_over_kills_of_both() -> Result<()> {
     let broker = Broker::private_cluster(Service::Pulsar, 2)?;
     let mut reader = start(GEO, &broker, &[])?;
-    reader.wait_for("standalone-2: subscribed", SOON)?;
+    reader.wait_for("standalone-2: subscribed", TIMEOUT)?;
     run(GEO, &broker, &["send", "50"])?;
-    reader.wait_for("order-50, published in standalone", SOON)?;
+    reader.wait_for("order-50, published in standalone", TIMEOUT)?;
     let first = stop(&mut reader)?;
     let lines = |printed: &str| printed.lines().map(str::to_owned).collect::<Vec<_>>();
     let all: BTreeSet<u32> = (1..=50).collect();
@@ -104,7 +107,7 @@ async fn what_either_cluster_stored_arrives_over_kills_of_both() -> Result<()> {
     broker.restart(1)?;
     broker.restart(2)?;
     let mut reader = start(GEO, &broker, &[])?;
-    reader.wait_for("order-1040, published in standalone", 2 * SOON)?;
+    reader.wait_for("order-1040, published in standalone", 2 * TIMEOUT)?;
     let second = stop(&mut reader)?;
     let arrived: BTreeSet<u32> = numbers(&lines(&second), ": order-").into_iter().collect();
     let missing: Vec<u32> = (1001..=1040)
@@ -134,9 +137,9 @@ async fn the_trace_goes_on_in_the_consumer_and_a_broken_one_stops_no_order() -> 
         .broker(broker)
         .env("METRICS_PORT", "0");
     let mut consumer = program.spawn()?;
-    let metrics = consumer.wait_for("metrics: ", SOON)?;
+    let metrics = consumer.wait_for("metrics: ", TIMEOUT)?;
     let metrics = metrics.trim_start_matches("metrics: ").to_owned();
-    consumer.wait_for("waiting for orders", SOON)?;
+    consumer.wait_for("waiting for orders", TIMEOUT)?;
     let sent = run(TRACING, broker, &["send"])?;
     for (key, end) in [
         ("order-1", "key=order-1"),
@@ -150,7 +153,7 @@ async fn the_trace_goes_on_in_the_consumer_and_a_broken_one_stops_no_order() -> 
         let [_, trace, _, span, ..] = begun.split(' ').collect::<Vec<_>>()[..] else {
             anyhow::bail!("no trace in {begun}");
         };
-        let line = consumer.wait_for(": process traced-orders, consumer", SOON)?;
+        let line = consumer.wait_for(": process traced-orders, consumer", TIMEOUT)?;
         assert!(line.starts_with(&format!("trace {trace} span ")), "{line}");
         assert!(line.contains(&format!(" parent {span}: ")), "{line}");
         assert!(line.contains(end), "{line}");
@@ -168,7 +171,7 @@ async fn the_trace_goes_on_in_the_consumer_and_a_broken_one_stops_no_order() -> 
         .with_property("traceparent", "rubbish")
         .with_content(r#"{"order_id":"order-4","work_ms":0}"#);
     order.send_non_blocking().await?.await?;
-    let line = consumer.wait_for(": process traced-orders, consumer", SOON)?;
+    let line = consumer.wait_for(": process traced-orders, consumer", TIMEOUT)?;
     assert!(
         line.contains(" parent none: ") && line.contains("order-4"),
         "{line}"
@@ -179,7 +182,7 @@ async fn the_trace_goes_on_in_the_consumer_and_a_broken_one_stops_no_order() -> 
         [r#"{"order_id":"order-5","work_ms":18446744073709551615}"#],
     )
     .await?;
-    consumer.wait_for("not an order: 18446744073709551615 ms of work", SOON)?;
+    consumer.wait_for("not an order: 18446744073709551615 ms of work", TIMEOUT)?;
     let text = reqwest::get(&metrics).await?.text().await?;
     let consumed = text
         .lines()

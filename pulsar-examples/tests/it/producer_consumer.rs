@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use compose::harness::{Example, Running, SOON};
+use compose::harness::{Example, Running, TIMEOUT};
 use compose::{Broker, Service};
 use futures::TryStreamExt;
 use pulsar::consumer::InitialPosition;
@@ -16,7 +16,7 @@ const TOPIC: &str = "persistent://public/default/orders";
 fn consumer(pulsar: &Broker) -> Result<Running> {
     let program = Example::new(env!("CARGO_BIN_EXE_pulsar_consumer"));
     let mut running = program.broker(pulsar).spawn()?;
-    running.wait_for("subscribed", SOON)?;
+    running.wait_for("subscribed", TIMEOUT)?;
     Ok(running)
 }
 
@@ -48,7 +48,7 @@ async fn backlog(client: &Pulsar<TokioExecutor>, last: &str) -> Result<Vec<Strin
         .await?;
     let mut rest = Vec::new();
     loop {
-        let next = tokio::time::timeout(SOON, consumer.try_next()).await??;
+        let next = tokio::time::timeout(TIMEOUT, consumer.try_next()).await??;
         let payload = next.context("the stream ended")?.deserialize()?;
         if payload == last {
             break;
@@ -70,10 +70,10 @@ async fn each_receipt_names_the_place_of_its_order() -> Result<()> {
         .build()
         .await?;
     let producer = Example::new(env!("CARGO_BIN_EXE_pulsar_producer"));
-    let ended = producer.broker(pulsar).spawn()?.wait(SOON)?.ok()?;
+    let ended = producer.broker(pulsar).spawn()?.wait(TIMEOUT)?.ok()?;
     assert_eq!(ended.stdout.lines().count(), 3);
     for line in ended.stdout.lines() {
-        let message = tokio::time::timeout(SOON, reader.try_next()).await??;
+        let message = tokio::time::timeout(TIMEOUT, reader.try_next()).await??;
         let message = message.context("the stream ended")?;
         let order: serde_json::Value = serde_json::from_str(&message.deserialize()?)?;
         let id = order["order_id"].as_str().context("no order_id")?;
@@ -95,10 +95,10 @@ async fn after_sigkill_what_was_not_acknowledged_comes_again() -> Result<()> {
     let mut first = consumer(pulsar)?;
     send(&client, &orders(30)).await?;
     for _ in 0..10 {
-        first.wait_for("acknowledged", SOON)?;
+        first.wait_for("acknowledged", TIMEOUT)?;
     }
     first.kill()?;
-    first.wait(SOON)?;
+    first.wait(TIMEOUT)?;
     let done = first
         .lines()
         .iter()
@@ -106,9 +106,9 @@ async fn after_sigkill_what_was_not_acknowledged_comes_again() -> Result<()> {
         .count();
 
     let mut second = consumer(pulsar)?;
-    second.wait_for(" o29 of u", SOON)?;
+    second.wait_for(" o29 of u", TIMEOUT)?;
     second.interrupt()?;
-    second.wait(SOON)?.ok()?;
+    second.wait(TIMEOUT)?.ok()?;
     let again: Vec<_> = second
         .lines()
         .into_iter()
@@ -135,13 +135,13 @@ async fn of_a_batch_nothing_is_lost_by_a_sigkill_nor_by_a_message_that_is_no_ord
     let client = client(pulsar).await?;
     let mut first = consumer(pulsar)?;
     send_batch(&client, TOPIC, orders(50)).await?;
-    first.wait_for(" o0 of u", SOON)?;
+    first.wait_for(" o0 of u", TIMEOUT)?;
     first.kill()?;
-    first.wait(SOON)?;
+    first.wait(TIMEOUT)?;
     let mut second = consumer(pulsar)?;
-    second.wait_for(" o49 of u, 1 cents: acknowledged", SOON)?;
+    second.wait_for(" o49 of u, 1 cents: acknowledged", TIMEOUT)?;
     second.interrupt()?;
-    second.wait(SOON)?.ok()?;
+    second.wait(TIMEOUT)?.ok()?;
     let lines = second.lines();
     for id in 0..50 {
         let order = format!(" o{id} of u");
@@ -156,11 +156,11 @@ async fn of_a_batch_nothing_is_lost_by_a_sigkill_nor_by_a_message_that_is_no_ord
     let mut third = consumer(pulsar)?;
     let batch = ["{".to_owned(), orders(1).remove(0)];
     send_batch(&client, TOPIC, &batch).await?;
-    third.wait_for("its batch is kept", SOON)?;
+    third.wait_for("its batch is kept", TIMEOUT)?;
     send(&client, &orders(1)).await?;
-    third.wait_for("acknowledged", SOON)?;
+    third.wait_for("acknowledged", TIMEOUT)?;
     third.interrupt()?;
-    third.wait(SOON)?.ok()?;
+    third.wait(TIMEOUT)?.ok()?;
     let kept = [&["end".to_owned()], &batch[..]].concat();
     assert_eq!(backlog(&client, "end of all").await?, kept);
     Ok(())
@@ -178,10 +178,10 @@ async fn ctrl_c_in_a_batch_that_is_larger_than_the_queue_is_an_orderly_end() -> 
     }
     // Three alone, and the first of the batch.
     for _ in 0..5 {
-        running.wait_for(" of u, 1 cents", SOON)?;
+        running.wait_for(" of u, 1 cents", TIMEOUT)?;
     }
     running.interrupt()?;
-    running.wait(SOON)?.ok()?;
+    running.wait(TIMEOUT)?.ok()?;
     assert_eq!(
         backlog(&client, "end").await?,
         batches.concat(),
@@ -198,10 +198,10 @@ async fn ctrl_c_finishes_the_order_in_hand_and_its_ack_arrives() -> Result<()> {
     let orders = orders(30);
     send(&client, &orders).await?;
     for _ in 0..5 {
-        running.wait_for("acknowledged", SOON)?;
+        running.wait_for("acknowledged", TIMEOUT)?;
     }
     running.interrupt()?;
-    running.wait(SOON)?.ok()?;
+    running.wait(TIMEOUT)?.ok()?;
     let done = running
         .lines()
         .iter()
@@ -218,10 +218,10 @@ async fn a_message_that_is_no_order_is_reported_and_kept() -> Result<()> {
     let client = client(pulsar).await?;
     let mut running = consumer(pulsar)?;
     send(&client, &["{".to_owned(), orders(1).remove(0)]).await?;
-    running.wait_for("not an order, kept in the backlog", SOON)?;
-    running.wait_for("o0 of u", SOON)?;
+    running.wait_for("not an order, kept in the backlog", TIMEOUT)?;
+    running.wait_for("o0 of u", TIMEOUT)?;
     running.interrupt()?;
-    running.wait(SOON)?.ok()?;
+    running.wait(TIMEOUT)?.ok()?;
     let reports = running
         .lines()
         .iter()
@@ -242,9 +242,9 @@ async fn after_a_broker_crash_the_consumer_goes_on_or_ends_with_an_error() -> Re
     send(&client(&pulsar).await?, &orders(1)).await?;
     if running.wait_for("o0 of u", Duration::from_secs(90)).is_ok() {
         running.interrupt()?;
-        running.wait(SOON)?.ok()?;
+        running.wait(TIMEOUT)?.ok()?;
     } else {
-        let ended = running.wait(SOON)?;
+        let ended = running.wait(TIMEOUT)?;
         assert_eq!(ended.code(), 1, "{}", ended.stderr);
         assert!(
             ended.stderr.contains("lost the connection"),
@@ -264,10 +264,10 @@ async fn with_a_long_backlog_the_end_is_orderly_too() -> Result<()> {
     send(&client, &orders).await?;
     let mut running = consumer(pulsar)?;
     for _ in 0..3 {
-        running.wait_for("acknowledged", SOON)?;
+        running.wait_for("acknowledged", TIMEOUT)?;
     }
     running.interrupt()?;
-    let ended = running.wait(SOON)?.ok()?;
+    let ended = running.wait(TIMEOUT)?.ok()?;
     let done = ended.stdout.matches("acknowledged").count();
     assert!(done < 400, "no queue was full");
     assert_eq!(backlog(&client, "end").await?, orders[done..]);

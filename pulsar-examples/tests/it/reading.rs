@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use compose::{Broker, Service};
 
 use crate::support::{
-    SOON, backlog, client, consumer, next, run, send, send_keyed, shared, start, stats, stop,
+    TIMEOUT, backlog, client, consumer, next, run, send, send_keyed, shared, start, stats, stop,
     topic, until,
 };
 
@@ -29,20 +29,20 @@ async fn a_reader_begins_where_it_says_and_leaves_no_subscription() -> Result<()
     for _ in 0..2 {
         let mut reader = start(READER, broker, &[])?;
         for colour in ["red", "green", "blue"] {
-            let line = reader.wait_for_line(|_| true, "a line", SOON)?;
+            let line = reader.wait_for_line(|_| true, "a line", TIMEOUT)?;
             assert!(line.ends_with(colour), "{line}");
         }
-        reader.wait_for("end reached", SOON)?;
+        reader.wait_for("end reached", TIMEOUT)?;
         assert!(stop(&mut reader)?.ends_with("read: 3\n"));
     }
     let mut reader = start(READER, broker, &[&places[1]])?;
-    let line = reader.wait_for_line(|_| true, "a line", SOON)?;
+    let line = reader.wait_for_line(|_| true, "a line", TIMEOUT)?;
     assert_eq!(
         line,
         format!("{} green", places[1]),
         "at the message, not after it"
     );
-    reader.wait_for("blue", SOON)?;
+    reader.wait_for("blue", TIMEOUT)?;
     stop(&mut reader)?;
 
     let mut reader = start(READER, broker, &["latest"])?;
@@ -55,7 +55,7 @@ async fn a_reader_begins_where_it_says_and_leaves_no_subscription() -> Result<()
     })
     .await?;
     run(READER, broker, &["send", "black"])?;
-    reader.wait_for("black", SOON)?;
+    reader.wait_for("black", TIMEOUT)?;
     assert!(!stop(&mut reader)?.contains("blue"));
     until("nothing is left of the readers", async || {
         let stats = stats(broker, &colours).await?;
@@ -133,25 +133,25 @@ async fn compaction_changes_how_much_is_read_and_not_the_table() -> Result<()> {
 async fn a_pattern_finds_new_topics_also_after_a_restart_of_the_broker() -> Result<()> {
     let broker = Broker::private(Service::Pulsar)?;
     let mut display = start(MULTI, &broker, &[])?;
-    display.wait_for("subscribed", SOON)?;
+    display.wait_for("subscribed", TIMEOUT)?;
     {
         let client = client(&broker).await?;
         send(&client, &topic("multi-topic-cellar"), ["1", "2", "3"]).await?;
         send(&client, &topic("multi-topic-cellar-DLQ"), ["dead"]).await?;
     }
     for reading in 1..=3 {
-        display.wait_for(&format!("cellar: {reading}"), SOON)?;
+        display.wait_for(&format!("cellar: {reading}"), TIMEOUT)?;
     }
     broker.kill(1)?;
     // It has noticed, and given the client up. From now on it tries with new ones, and the broker's start takes longer
     // than the first of these attempts.
-    display.wait_for("made anew: ", SOON)?;
+    display.wait_for("made anew: ", TIMEOUT)?;
     broker.restart(1)?;
-    display.wait_for("back", SOON)?;
+    display.wait_for("back", TIMEOUT)?;
     run(MULTI, &broker, &["send", "attic", "4"])?;
-    display.wait_for("attic: 4", SOON)?;
+    display.wait_for("attic: 4", TIMEOUT)?;
     run(MULTI, &broker, &["send", "cellar", "5"])?;
-    display.wait_for("cellar: 5", SOON)?;
+    display.wait_for("cellar: 5", TIMEOUT)?;
     let printed = stop(&mut display)?;
     assert!(
         !printed.contains("dead"),
@@ -164,7 +164,7 @@ async fn a_pattern_finds_new_topics_also_after_a_restart_of_the_broker() -> Resu
 async fn every_asker_gets_its_own_answers_and_a_killed_server_leaves_the_question() -> Result<()> {
     let broker = shared()?;
     let questions = topic("request-reply-questions");
-    let unanswered = start(ASK, broker, &["5"])?.wait(SOON)?;
+    let unanswered = start(ASK, broker, &["5"])?.wait(TIMEOUT)?;
     assert_eq!(unanswered.code(), 1);
     assert!(
         unanswered.stderr.contains("without an answer"),
@@ -172,7 +172,7 @@ async fn every_asker_gets_its_own_answers_and_a_killed_server_leaves_the_questio
         unanswered.stderr
     );
     let mut server = start(ASK, broker, &["serve"])?;
-    server.wait_for("5: answered", SOON)?;
+    server.wait_for("5: answered", TIMEOUT)?;
     // A message that names a topic of its own choice, and one that names none.
     let client = client(broker).await?;
     let mut trap = consumer(&client, &topic("request-reply-trap"), "test").await?;
@@ -210,13 +210,13 @@ async fn every_asker_gets_its_own_answers_and_a_killed_server_leaves_the_questio
     asks("10", "taken").await?;
     asks("11", "free").await?;
     send(&client, &questions, [&b"\xff"[..]]).await?;
-    server.wait_for("3: dropped", SOON)?;
-    server.wait_for("8: dropped", SOON)?;
-    server.wait_for("9: dropped", SOON)?;
-    server.wait_for("10: not answered", SOON)?;
-    server.wait_for("11: answered", SOON)?;
+    server.wait_for("3: dropped", TIMEOUT)?;
+    server.wait_for("8: dropped", TIMEOUT)?;
+    server.wait_for("9: dropped", TIMEOUT)?;
+    server.wait_for("10: not answered", TIMEOUT)?;
+    server.wait_for("11: answered", TIMEOUT)?;
     taken.close().await?;
-    server.wait_for("dropped", SOON)?;
+    server.wait_for("dropped", TIMEOUT)?;
     send(&client, &topic("request-reply-trap"), ["end"]).await?;
     assert_eq!(next(&mut trap).await?.payload.data, b"end");
 
@@ -229,7 +229,7 @@ async fn every_asker_gets_its_own_answers_and_a_killed_server_leaves_the_questio
         asking.push((asker, start(ASK, broker, &args)?));
     }
     for (asker, mut running) in asking {
-        let printed = running.wait(SOON)?.ok()?.stdout;
+        let printed = running.wait(TIMEOUT)?.ok()?.stdout;
         for number in (0..5).map(|number| asker * 1000 + number) {
             let answer = format!("{number} squared is {}\n", number * number);
             assert!(printed.contains(&answer), "{printed}");

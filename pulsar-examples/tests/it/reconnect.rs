@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use anyhow::Result;
 use compose::{Broker, Service};
 
-use crate::support::{SOON, client, consumer, next, numbers, start, stats, topic};
+use crate::support::{TIMEOUT, client, consumer, next, numbers, start, stats, topic};
 
 const RECONNECT: &str = env!("CARGO_BIN_EXE_pulsar_reconnect");
 
@@ -23,33 +23,33 @@ async fn no_acknowledged_tick_is_lost_over_two_kills_and_a_freeze() -> Result<()
     let mut program = start(RECONNECT, &broker, &[])?;
     // Beside it another: each has to get all of its own ticks.
     let mut other = start(RECONNECT, &broker, &[])?;
-    other.wait_for("received: tick", SOON)?;
+    other.wait_for("received: tick", TIMEOUT)?;
     for _ in 0..5 {
-        program.wait_for("received: tick", SOON)?;
+        program.wait_for("received: tick", TIMEOUT)?;
     }
     for round in 0..3 {
         if round < 2 {
             broker.kill(1)?;
-            program.wait_for("consumer: made anew", SOON)?;
+            program.wait_for("consumer: made anew", TIMEOUT)?;
             broker.restart(1)?;
         } else {
             broker.pause(1)?;
-            program.wait_for("consumer: made anew", SOON)?;
-            program.wait_for("producer: made anew", SOON)?;
+            program.wait_for("consumer: made anew", TIMEOUT)?;
+            program.wait_for("producer: made anew", TIMEOUT)?;
             broker.resume(1)?;
         }
-        program.wait_for("consumer: back", SOON)?;
+        program.wait_for("consumer: back", TIMEOUT)?;
         // Whatever comes now was sent, or sent again, after the fault.
         for _ in 0..30 {
-            program.wait_for("received: tick", SOON)?;
+            program.wait_for("received: tick", TIMEOUT)?;
         }
     }
-    other.wait_for("received: tick", SOON)?;
+    other.wait_for("received: tick", TIMEOUT)?;
     other.interrupt()?;
     program.interrupt()?;
-    let beside = other.wait(SOON)?.ok()?.stdout;
+    let beside = other.wait(TIMEOUT)?.ok()?.stdout;
     assert!(beside.ends_with(" lost 0 / unexpected 0\n"), "{beside}");
-    let ended = program.wait(SOON)?.ok()?;
+    let ended = program.wait(TIMEOUT)?.ok()?;
     let last = ended.stdout.lines().last().unwrap_or_default().to_owned();
     assert!(
         last.contains(" indeterminate 0 /") && last.ends_with(" lost 0 / unexpected 0"),

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use compose::{Broker, Service};
 
 use crate::support::{
-    Client, SOON, backlog, client, consumer, next, run, send, send_batch, shared, start, stats,
+    Client, TIMEOUT, backlog, client, consumer, next, run, send, send_batch, shared, start, stats,
     stop, topic, until,
 };
 
@@ -28,18 +28,18 @@ async fn a_failing_job_comes_back_and_stays_in_the_backlog_when_the_worker_ends(
     let broker = shared()?;
     let jobs = topic("negative-ack-jobs");
     let mut worker = start(NEGATIVE_ACK, broker, &[])?;
-    worker.wait_for("subscribed", SOON)?;
+    worker.wait_for("subscribed", TIMEOUT)?;
     let payloads: [&[u8]; 5] = [b"broken-1", b"flaky-2", b"", b"\xff\xfe", b"job-3"];
     send(&client(broker).await?, &jobs, payloads).await?;
-    worker.wait_for("job-3: done at attempt 1", SOON)?;
-    worker.wait_for("flaky-2: done at attempt 3", SOON)?;
-    worker.wait_for("broken-1: attempt 4 failed", SOON)?;
+    worker.wait_for("job-3: done at attempt 1", TIMEOUT)?;
+    worker.wait_for("flaky-2: done at attempt 3", TIMEOUT)?;
+    worker.wait_for("broken-1: attempt 4 failed", TIMEOUT)?;
     // One that is done must not acknowledge those of its batch that are not.
     let batch = ["broken-4", "job-5"];
     send_batch(&client(broker).await?, &jobs, batch).await?;
-    worker.wait_for("job-5: done", SOON)?;
-    worker.wait_for("broken-4: attempt", SOON)?;
-    worker.wait_for("job-5: done", SOON)?;
+    worker.wait_for("job-5: done", TIMEOUT)?;
+    worker.wait_for("broken-4: attempt", TIMEOUT)?;
+    worker.wait_for("job-5: done", TIMEOUT)?;
     let printed = stop(&mut worker)?;
     assert_eq!(printed.matches("flaky-2: attempt ").count(), 2);
     assert_eq!(backlog(broker, &jobs, "negative-ack-worker").await?, 4);
@@ -52,7 +52,7 @@ async fn after_two_deliveries_a_message_is_a_dead_letter_and_can_be_replayed() -
     let (orders, dead) = (topic("dead-letter-orders"), topic("dead-letter-orders-DLQ"));
     let client = client(broker).await?;
     let mut worker = start(DEAD_LETTER, broker, &[])?;
-    worker.wait_for("subscribed", SOON)?;
+    worker.wait_for("subscribed", TIMEOUT)?;
     let mut judge = consumer(&client, &orders, "judge").await?;
     let mut producer = client.producer().with_topic(&orders).build().await?;
     let payloads: [&[u8]; 4] = [b"order-1", b"\xff\x00", b"", b"order-2"];
@@ -68,7 +68,7 @@ async fn after_two_deliveries_a_message_is_a_dead_letter_and_can_be_replayed() -
         };
         producer.send_non_blocking(message).await?.await?;
     }
-    worker.wait_for("order-2: done", SOON)?;
+    worker.wait_for("order-2: done", TIMEOUT)?;
     until("two are moved", async || {
         Ok(backlog(broker, &orders, "dead-letter-worker").await? == 0
             && backlog(broker, &dead, "dead-letter-keeper").await? == 2)
@@ -127,18 +127,18 @@ async fn after_two_deliveries_a_message_is_a_dead_letter_and_can_be_replayed() -
 async fn reminders_come_when_due_and_at_once_on_exclusive() -> Result<()> {
     let broker = shared()?;
     let mut reader = start(DELAYED, broker, &[])?;
-    reader.wait_for("subscribed", SOON)?;
+    reader.wait_for("subscribed", TIMEOUT)?;
     run(DELAYED, broker, &["send"])?;
     let order = ["at-once: ", "after-2s: ", "at-5s: "];
     for name in order {
-        let line = reader.wait_for(": ", SOON)?;
+        let line = reader.wait_for(": ", TIMEOUT)?;
         assert!(line.starts_with(name), "{line}");
         // Never before its time, however slow this machine is.
         assert!(!line.contains(": -"), "{line}");
     }
     let reminders = topic("delayed-reminders");
     send_at(&client(broker).await?, &reminders, "long-ago", i64::MIN).await?;
-    reader.wait_for("long-ago: 9223372036854775807 ms after its time", SOON)?;
+    reader.wait_for("long-ago: 9223372036854775807 ms after its time", TIMEOUT)?;
     stop(&mut reader)?;
     assert_eq!(backlog(broker, &reminders, "delayed-reminders").await?, 0);
     let printed = run(DELAYED, broker, &["exclusive"])?;
@@ -151,12 +151,12 @@ async fn reminders_come_when_due_and_at_once_on_exclusive() -> Result<()> {
 async fn what_waits_for_its_time_survives_a_sigkill_of_the_broker() -> Result<()> {
     let broker = Broker::private(Service::Pulsar)?;
     let mut worker = start(RETRY, &broker, &[])?;
-    worker.wait_for("subscribed", SOON)?;
-    start(DELAYED, &broker, &[])?.wait_for("subscribed", SOON)?;
+    worker.wait_for("subscribed", TIMEOUT)?;
+    start(DELAYED, &broker, &[])?.wait_for("subscribed", TIMEOUT)?;
     run(RETRY, &broker, &["send", "flaky-1", "flaky-2", "broken-3"])?;
-    worker.wait_for("broken-3: attempt 2 failed", SOON)?;
+    worker.wait_for("broken-3: attempt 2 failed", TIMEOUT)?;
     worker.kill()?;
-    worker.wait(SOON)?;
+    worker.wait(TIMEOUT)?;
     run(DELAYED, &broker, &["send"])?;
     broker.kill(1)?;
     broker.restart(1)?;
@@ -189,7 +189,7 @@ async fn what_waits_for_its_time_survives_a_sigkill_of_the_broker() -> Result<()
     answer.await?.error_for_status()?;
     let client = client(&broker).await?;
     let mut reader = start(DELAYED, &broker, &[])?;
-    reader.wait_for("subscribed", SOON)?;
+    reader.wait_for("subscribed", TIMEOUT)?;
     until("one has come at once", async || {
         send_at(&client, &reminders, "far", i64::MAX).await?;
         let stats = stats(&broker, &reminders).await?;
@@ -222,7 +222,7 @@ async fn retries_survive_a_kill_and_end_done_or_as_dead_letters_with_their_cause
         topic("retry-orders-retry-worker-DLQ"),
     );
     let mut first = start(RETRY, broker, &[])?;
-    first.wait_for("subscribed", SOON)?;
+    first.wait_for("subscribed", TIMEOUT)?;
     let mut payloads: Vec<Vec<u8>> = (0..40)
         .map(|number| format!("flaky-{number}").into())
         .collect();
@@ -236,10 +236,10 @@ async fn retries_survive_a_kill_and_end_done_or_as_dead_letters_with_their_cause
     let sent = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
     send(&client, &orders, &payloads).await?;
     for _ in 0..30 {
-        first.wait_for("attempt 1 failed", SOON)?;
+        first.wait_for("attempt 1 failed", TIMEOUT)?;
     }
     first.kill()?;
-    first.wait(SOON)?;
+    first.wait(TIMEOUT)?;
     let mut second = start(RETRY, broker, &[])?;
     until("three dead letters or more, and nothing left", async || {
         Ok(backlog(broker, &orders, "retry-worker").await? == 0

@@ -7,7 +7,8 @@ use compose::harness::Running;
 use compose::{Broker, Service};
 
 use crate::support::{
-    SOON, backlog, client, numbers, own, run, send_batch, shared, start, stats, stop, topic, until,
+    TIMEOUT, backlog, client, numbers, own, run, send_batch, shared, start, stats, stop, topic,
+    until,
 };
 
 const EXCLUSIVE: &str = env!("CARGO_BIN_EXE_pulsar_exclusive");
@@ -17,7 +18,7 @@ const KEY_SHARED: &str = env!("CARGO_BIN_EXE_pulsar_key_shared");
 
 fn consumer(binary: &str, broker: &Broker, args: &[&str]) -> Result<Running> {
     let mut running = start(binary, broker, args)?;
-    running.wait_for("subscribed", SOON)?;
+    running.wait_for("subscribed", TIMEOUT)?;
     Ok(running)
 }
 
@@ -36,9 +37,9 @@ async fn a_batch_is_acknowledged_after_its_last_order_on_all_four() -> Result<()
         let mut first = consumer(binary, broker, &["first"])?;
         let batch = (1..=100).map(|number| format!("order-{number}"));
         send_batch(&client, &orders, batch).await?;
-        first.wait_for("order-1", SOON)?;
+        first.wait_for("order-1", TIMEOUT)?;
         first.kill()?;
-        first.wait(SOON)?;
+        first.wait(TIMEOUT)?;
         let mut second = consumer(binary, broker, &["second"])?;
         until("all are acknowledged", async || {
             Ok(backlog(broker, &orders, subscription).await? == 0)
@@ -133,7 +134,7 @@ async fn failover_and_key_shared_keep_the_order_over_a_sigkill_of_the_broker() -
 }
 
 fn wait_lines(running: &mut Running, text: &str, count: u32) -> Result<()> {
-    (0..count).try_for_each(|_| running.wait_for(text, SOON).map(drop))
+    (0..count).try_for_each(|_| running.wait_for(text, TIMEOUT).map(drop))
 }
 
 /// What the second has done is the rest, in order: from what the first had not acknowledged to the end.
@@ -157,7 +158,7 @@ fn rest_in_order(first: &[u32], second: &[u32], end: u32) {
 async fn exclusive_refuses_a_second_and_the_next_goes_on_in_order() -> Result<()> {
     let (broker, _turn) = own("exclusive-orders").await?;
     let mut first = consumer(EXCLUSIVE, broker, &["first"])?;
-    let refused = start(EXCLUSIVE, broker, &["second"])?.wait(SOON)?;
+    let refused = start(EXCLUSIVE, broker, &["second"])?.wait(TIMEOUT)?;
     assert_eq!(refused.code(), 1);
     assert!(
         refused.stderr.starts_with("Error: another consumer has"),
@@ -165,12 +166,12 @@ async fn exclusive_refuses_a_second_and_the_next_goes_on_in_order() -> Result<()
         refused.stderr
     );
     let mut third = start(EXCLUSIVE, broker, &["third", "wait"])?;
-    third.wait_for("waiting", SOON)?;
+    third.wait_for("waiting", TIMEOUT)?;
     run(EXCLUSIVE, broker, &["send", "200"])?;
     wait_lines(&mut first, "first: order-", 10)?;
     first.kill()?;
-    first.wait(SOON)?;
-    third.wait_for("third: order-200", SOON)?;
+    first.wait(TIMEOUT)?;
+    third.wait_for("third: order-200", TIMEOUT)?;
     stop(&mut third)?;
     let (first, third) = (first.lines(), third.lines());
     rest_in_order(&numbers(&first, "order-"), &numbers(&third, "order-"), 200);
@@ -192,8 +193,8 @@ async fn failover_keeps_the_order_over_a_kill_and_the_better_priority_takes_over
     let idle = numbers(&standby.lines(), "order-");
     assert!(idle.is_empty(), "a stand-in gets nothing: {idle:?}");
     main.kill()?;
-    main.wait(SOON)?;
-    standby.wait_for("standby: order-200", SOON)?;
+    main.wait(TIMEOUT)?;
+    standby.wait_for("standby: order-200", TIMEOUT)?;
     rest_in_order(
         &numbers(&main.lines(), "order-"),
         &numbers(&standby.lines(), "order-"),
@@ -207,7 +208,7 @@ async fn failover_keeps_the_order_over_a_kill_and_the_better_priority_takes_over
     })
     .await?;
     run(FAILOVER, broker, &["send", "5"])?;
-    main.wait_for("main: order-5", SOON)?;
+    main.wait_for("main: order-5", TIMEOUT)?;
     stop(&mut main)?;
     stop(&mut standby)?;
     assert_eq!(backlog(broker, &orders, "failover-worker").await?, 0);
@@ -224,7 +225,7 @@ async fn shared_deals_out_and_what_a_killed_consumer_held_goes_to_the_other() ->
     wait_lines(&mut anna, "anna: order-", 20)?;
     wait_lines(&mut ben, "ben: order-", 20)?;
     anna.kill()?;
-    anna.wait(SOON)?;
+    anna.wait(TIMEOUT)?;
     until("all are acknowledged", async || {
         Ok(backlog(broker, &orders, "shared-worker").await? == 0)
     })
@@ -270,7 +271,7 @@ async fn key_shared_keeps_the_order_of_each_key_over_a_kill() -> Result<()> {
     wait_lines(&mut ben, "ben: user-", 20)?;
     let before = by_user(&ben.lines());
     anna.kill()?;
-    anna.wait(SOON)?;
+    anna.wait(TIMEOUT)?;
     until("all are acknowledged", async || {
         Ok(backlog(broker, &orders, "key-shared-worker").await? == 0)
     })

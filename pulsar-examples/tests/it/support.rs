@@ -15,7 +15,7 @@ use pulsar::{Consumer, ConsumerOptions, ProducerOptions, Pulsar, SubType, TokioE
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
-pub use compose::harness::SOON;
+pub use compose::harness::TIMEOUT;
 
 pub type Client = Pulsar<TokioExecutor>;
 
@@ -91,13 +91,13 @@ pub fn start(binary: &str, broker: &Broker, args: &[&str]) -> Result<Running> {
 
 /// Runs it to its end and gives its standard output.
 pub fn run(binary: &str, broker: &Broker, args: &[&str]) -> Result<String> {
-    Ok(start(binary, broker, args)?.wait(SOON)?.ok()?.stdout)
+    Ok(start(binary, broker, args)?.wait(TIMEOUT)?.ok()?.stdout)
 }
 
 /// Interrupts it, requires an orderly end, and gives all that it has printed.
 pub fn stop(running: &mut Running) -> Result<String> {
     running.interrupt()?;
-    Ok(running.wait(SOON)?.ok()?.stdout)
+    Ok(running.wait(TIMEOUT)?.ok()?.stdout)
 }
 
 pub async fn send(
@@ -195,7 +195,9 @@ pub async fn consumer(
 pub async fn next(
     consumer: &mut Consumer<Vec<u8>, TokioExecutor>,
 ) -> Result<pulsar::consumer::Message<Vec<u8>>> {
-    let next = timeout(SOON, consumer.next()).await.context("no message")?;
+    let next = timeout(TIMEOUT, consumer.next())
+        .await
+        .context("no message")?;
     Ok(next.context("the stream ended")??)
 }
 
@@ -219,7 +221,7 @@ pub async fn backlog(broker: &Broker, topic: &str, subscription: &str) -> Result
 
 /// Asks again until it is so.
 pub async fn until(what: &str, mut check: impl AsyncFnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     let mut last = None;
     while Instant::now() < deadline {
         match check().await {
@@ -229,7 +231,7 @@ pub async fn until(what: &str, mut check: impl AsyncFnMut() -> Result<bool>) -> 
         }
         sleep(Duration::from_millis(100)).await;
     }
-    bail!("not so after {SOON:?}: {what} (last error: {last:?})")
+    bail!("not so after {TIMEOUT:?}: {what} (last error: {last:?})")
 }
 
 /// The numbers behind `prefix` in the lines that have it.

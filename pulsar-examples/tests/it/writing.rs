@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context, Result};
 use compose::harness::Example;
 
-use crate::support::{SOON, backlog, run, shared, start, stats, stop, topic, until};
+use crate::support::{TIMEOUT, backlog, run, shared, start, stats, stop, topic, until};
 
 const BATCH: &str = env!("CARGO_BIN_EXE_pulsar_batch_producer");
 const PARTITIONED: &str = env!("CARGO_BIN_EXE_pulsar_partitioned_topic");
@@ -14,7 +14,7 @@ const PARTITIONED: &str = env!("CARGO_BIN_EXE_pulsar_partitioned_topic");
 async fn every_way_stores_every_order_and_batches_are_fewer_entries() -> Result<()> {
     let broker = shared()?;
     let producer = Example::new(BATCH).broker(broker).env("ORDERS", "2345");
-    let printed = producer.spawn()?.wait(SOON)?.ok()?.stdout;
+    let printed = producer.spawn()?.wait(TIMEOUT)?.ok()?.stdout;
     let mut entries = Vec::new();
     let mut bytes = Vec::new();
     for (number, line) in printed.lines().skip(1).enumerate() {
@@ -53,8 +53,8 @@ async fn keys_go_where_java_sends_them_and_two_consumers_share_the_partitions() 
     let broker = shared()?;
     let mut anna = start(PARTITIONED, broker, &["anna"])?;
     let mut ben = start(PARTITIONED, broker, &["ben"])?;
-    anna.wait_for("subscribed to 3 partitions", SOON)?;
-    ben.wait_for("subscribed to 3 partitions", SOON)?;
+    anna.wait_for("subscribed to 3 partitions", TIMEOUT)?;
+    ben.wait_for("subscribed to 3 partitions", TIMEOUT)?;
     let partition = |number: u32| topic(&format!("partitioned-orders-partition-{number}"));
     until("both are active", async || {
         let mut active = BTreeSet::new();

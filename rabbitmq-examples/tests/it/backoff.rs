@@ -7,7 +7,7 @@ use compose::harness::Running;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
-use crate::shared::{Place, SOON, vhost};
+use crate::shared::{Place, TIMEOUT, vhost};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_retry_backoff");
 const PAYMENTS: &str = "retry-backoff.payments";
@@ -24,10 +24,10 @@ async fn each_attempt_has_its_place_and_others_overtake() -> Result<()> {
     // All are in the queue before the first fails, however slow the sender.
     place.run(PROGRAM, &["send"])?.ok()?;
     let mut worker = worker(&place)?;
-    worker.wait_for("payment-3: attempt 5 failed", SOON)?;
+    worker.wait_for("payment-3: attempt 5 failed", TIMEOUT)?;
     place.becomes(DEAD, (2, 0)).await?;
     worker.interrupt()?;
-    let ended = worker.wait(SOON)?.ok()?;
+    let ended = worker.wait(TIMEOUT)?.ok()?;
     let line = |text: &str| {
         let line = ended.stdout.lines().position(|line| line.starts_with(text));
         line.with_context(|| format!("{text}: {}", ended.stdout))
@@ -76,7 +76,7 @@ async fn sigkill_again_and_again_loses_no_payment() -> Result<()> {
         "attempt 3 failed",
     ] {
         let mut worker = worker(&place)?;
-        worker.wait_for(text, SOON)?;
+        worker.wait_for(text, TIMEOUT)?;
         worker.kill()?;
     }
     let mut worker = worker(&place)?;
@@ -84,7 +84,7 @@ async fn sigkill_again_and_again_loses_no_payment() -> Result<()> {
     let all = (0..300).map(|number| format!(r#"{{"payment_id":"p{number}","fails":1000}}"#));
     place.take_until(DEAD, &all.collect()).await?;
     worker.interrupt()?;
-    worker.wait(SOON)?.ok()?;
+    worker.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -108,7 +108,7 @@ async fn what_the_sender_has_said_of_it_goes_along_but_its_expiration() -> Resul
             .with_headers(headers);
         place.declare(OTHER).await?;
         place.publish_with(PAYMENTS, body.as_bytes(), sent).await?;
-        worker.wait_for("dead letter", SOON)?;
+        worker.wait_for("dead letter", TIMEOUT)?;
         place.becomes(DEAD, (1, 0)).await?;
         let letter = place.take(DEAD).await?.context("no dead letter")?;
         let properties = &letter.properties;
@@ -140,7 +140,7 @@ async fn what_is_no_payment_is_a_dead_letter_at_once() -> Result<()> {
         place.publish(PAYMENTS, body).await?;
     }
     place.publish(PAYMENTS, br#"{"payment_id":"good"}"#).await?;
-    worker.wait_for("good: paid at attempt 1", SOON)?;
+    worker.wait_for("good: paid at attempt 1", TIMEOUT)?;
     place.becomes(DEAD, (4, 0)).await?;
     for body in bodies {
         assert_eq!(place.take(DEAD).await?.context("none left")?.data, body);

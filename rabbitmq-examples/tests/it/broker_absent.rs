@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use compose::harness::{Example, SOON, broker_absent};
+use compose::harness::{Example, TIMEOUT, broker_absent};
 use compose::{Broker, Service};
 
 /// All but rabbitmq_queue_monitor, which speaks HTTP; see there.
@@ -79,7 +79,7 @@ fn ctrl_c_ends_every_consumer_although_the_broker_is_silent() -> Result<()> {
         running.push(example.broker(&rabbitmq).spawn()?);
     }
     for consumer in &mut running {
-        consumer.wait_for("; Ctrl-C ", SOON)?;
+        consumer.wait_for("; Ctrl-C ", TIMEOUT)?;
     }
     rabbitmq.pause(1)?;
     for consumer in &mut running {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result};
 use compose::{Broker, Service};
 
-use crate::shared::{Place, SOON, settle, vhost};
+use crate::shared::{Place, TIMEOUT, settle, vhost};
 
 const PUBLISHER: &str = env!("CARGO_BIN_EXE_rabbitmq_publisher_confirms");
 const QUEUE: &str = "publisher-confirms";
@@ -73,7 +73,7 @@ async fn ordeal(
         .becomes_such(QUEUE, "at least 1500", |(ready, _)| ready >= 1500)
         .await?;
     fault(rabbitmq, 1)?;
-    let ended = publisher.wait(SOON)?;
+    let ended = publisher.wait(TIMEOUT)?;
     let said = &ended.stderr;
     assert_eq!(ended.code(), 1, "{}", ended.stdout);
     assert!(said.contains("publish what is unconfirmed again"), "{said}");

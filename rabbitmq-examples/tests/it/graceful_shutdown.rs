@@ -3,7 +3,7 @@
 use anyhow::Result;
 use compose::{Broker, Service};
 
-use crate::shared::{Place, SOON, vhost};
+use crate::shared::{Place, TIMEOUT, vhost};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_graceful_shutdown");
 const QUEUE: &str = "graceful-shutdown";
@@ -15,13 +15,13 @@ async fn sigterm_finishes_what_is_in_hand_and_gives_the_rest_back() -> Result<()
     place.run(PROGRAM, &["send", "6"])?.ok()?;
     let program = place.example(PROGRAM).env("TASK_SECONDS", "10");
     let mut working = program.spawn()?;
-    working.wait_for("task-2: begun", SOON)?;
+    working.wait_for("task-2: begun", TIMEOUT)?;
     // Four are with it: two in hand, two prefetched.
     working.terminate()?;
-    working.wait_for("stopping: no more tasks; in hand 2, given back 2", SOON)?;
+    working.wait_for("stopping: no more tasks; in hand 2, given back 2", TIMEOUT)?;
     // Given back while those in hand go on.
     place.becomes(QUEUE, (4, 0)).await?;
-    let ended = working.wait(SOON)?.ok()?;
+    let ended = working.wait(TIMEOUT)?.ok()?;
     assert!(
         ended
             .stdout
@@ -44,10 +44,10 @@ async fn what_does_not_end_in_time_comes_back() -> Result<()> {
         .env("TASK_SECONDS", "600")
         .env("GRACE_SECONDS", "5");
     let mut working = program.spawn()?;
-    working.wait_for("task-2: begun", SOON)?;
+    working.wait_for("task-2: begun", TIMEOUT)?;
     place.becomes(QUEUE, (0, 1)).await?;
     working.interrupt()?;
-    let ended = working.wait(SOON)?.ok()?;
+    let ended = working.wait(TIMEOUT)?.ok()?;
     assert!(
         ended
             .stdout
@@ -70,14 +70,14 @@ async fn a_silent_broker_keeps_it_no_longer_than_the_grace() -> Result<()> {
             .env("TASK_SECONDS", "600")
             .env("GRACE_SECONDS", grace);
         let mut working = program.spawn()?;
-        working.wait_for("task-2: begun", SOON)?;
+        working.wait_for("task-2: begun", TIMEOUT)?;
         rabbitmq.pause(1)?;
         working.terminate()?;
         if signals == 2 {
             working.interrupt()?;
         }
         // The tasks would take longer than this.
-        let ended = working.wait(SOON)?;
+        let ended = working.wait(TIMEOUT)?;
         rabbitmq.resume(1)?;
         assert_eq!(ended.code(), 1, "{}", ended.stdout);
         assert!(
@@ -102,14 +102,14 @@ async fn sigkill_gives_all_back_and_a_signal_without_work_ends_it() -> Result<()
     place.run(PROGRAM, &["send", "3"])?.ok()?;
     let program = place.example(PROGRAM).env("TASK_SECONDS", "600");
     let mut working = program.spawn()?;
-    working.wait_for("task-2: begun", SOON)?;
+    working.wait_for("task-2: begun", TIMEOUT)?;
     place.becomes(QUEUE, (0, 1)).await?;
     working.kill()?;
     place.becomes(QUEUE, (3, 0)).await?;
     place.drain(QUEUE).await?;
     let mut idle = place.start(PROGRAM, &[], READY)?;
     idle.terminate()?;
-    let ended = idle.wait(SOON)?.ok()?;
+    let ended = idle.wait(TIMEOUT)?.ok()?;
     assert!(
         ended
             .stdout

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use compose::harness::Running;
 use lapin::BasicProperties;
 
-use crate::shared::{Place, SOON, vhost};
+use crate::shared::{Place, TIMEOUT, vhost};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_idempotent_consumer");
 const QUEUE: &str = "idempotent-payments";
@@ -13,7 +13,7 @@ const DEAD: &str = "idempotent-payments.dead";
 fn consumer(place: &Place, folder: &tempfile::TempDir, kept: &str) -> Result<Running> {
     let program = place.example(PROGRAM).env("IDS_KEPT", kept);
     let mut running = program.current_dir(folder.path()).spawn()?;
-    running.wait_for("waiting for payments", SOON)?;
+    running.wait_for("waiting for payments", TIMEOUT)?;
     Ok(running)
 }
 
@@ -33,7 +33,7 @@ async fn sigkill_and_repeats_leave_each_payment_in_the_books_once() -> Result<()
     // The prefetched ones come back after each kill, and so do those of which only the ack is missing.
     for payment in ["payment-20:", "payment-150:", "payment-400:"] {
         let mut killed = consumer(&place, &folder, "100000")?;
-        killed.wait_for(payment, SOON)?;
+        killed.wait_for(payment, TIMEOUT)?;
         killed.kill()?;
         place
             .becomes_such(QUEUE, "without consumers", |(_, consumers)| consumers == 0)
@@ -45,9 +45,9 @@ async fn sigkill_and_repeats_leave_each_payment_in_the_books_once() -> Result<()
     }
     let mut last = consumer(&place, &folder, "100000")?;
     place.becomes(QUEUE, (0, 1)).await?;
-    last.wait_for("payment-600: seen before, ignored", SOON)?;
+    last.wait_for("payment-600: seen before, ignored", TIMEOUT)?;
     last.interrupt()?;
-    let ended = last.wait(SOON)?.ok()?;
+    let ended = last.wait(TIMEOUT)?.ok()?;
     assert!(
         ended
             .stdout
@@ -69,10 +69,10 @@ async fn the_ids_are_bounded_and_a_forgotten_one_is_paid_again() -> Result<()> {
     }
     let mut consumer = consumer(&place, &folder, "2")?;
     for _ in 0..2 {
-        consumer.wait_for("payment-3: ", SOON)?;
+        consumer.wait_for("payment-3: ", TIMEOUT)?;
     }
     consumer.interrupt()?;
-    consumer.wait(SOON)?.ok()?;
+    consumer.wait(TIMEOUT)?.ok()?;
     let (payments, _, ids) = books(&folder)?;
     assert_eq!(ids, 2);
     assert!(payments > 3, "{payments}");
@@ -97,10 +97,10 @@ async fn what_is_no_payment_is_kept_aside() -> Result<()> {
         place.publish_with(QUEUE, body, named("bad")).await?;
     }
     place.publish_with(QUEUE, good, named("good")).await?;
-    consumer.wait_for("good: user-1 +5 cents, balance 5", SOON)?;
+    consumer.wait_for("good: user-1 +5 cents, balance 5", TIMEOUT)?;
     place.becomes(DEAD, (6, 0)).await?;
     consumer.interrupt()?;
-    consumer.wait(SOON)?.ok()?;
+    consumer.wait(TIMEOUT)?.ok()?;
     assert_eq!(books(&folder)?, (1, 5, 1));
     place.take(DEAD).await?.context("nothing there")?;
     Ok(())

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use compose::harness::Running;
 
-use crate::shared::{Place, SOON, vhost};
+use crate::shared::{Place, TIMEOUT, vhost};
 
 fn subscriber(place: &Place, program: &str, args: &[&str]) -> Result<Running> {
     place.start(program, args, "waiting for ")
@@ -11,9 +11,9 @@ fn subscriber(place: &Place, program: &str, args: &[&str]) -> Result<Running> {
 
 /// What it printed between its first and its last line, once it has got the `last` line.
 fn lines(mut running: Running, last: &str) -> Result<Vec<String>> {
-    running.wait_for(last, SOON)?;
+    running.wait_for(last, TIMEOUT)?;
     running.interrupt()?;
-    let ended = running.wait(SOON)?.ok()?;
+    let ended = running.wait(TIMEOUT)?.ok()?;
     let lines: Vec<String> = ended.stdout.lines().map(String::from).collect();
     Ok(lines[1..lines.len() - 1].to_vec())
 }
@@ -31,7 +31,7 @@ async fn every_subscriber_gets_every_line_in_order_from_when_it_is_bound() -> Re
     let sent = place.run(EMIT, &[])?.ok()?;
     assert_eq!(sent.stdout.lines().count(), 3, "{}", sent.stdout);
     assert!(sent.stdout.lines().all(|line| line.starts_with("sent: ")));
-    killed.wait_for("ERROR: Connection lost", SOON)?;
+    killed.wait_for("ERROR: Connection lost", TIMEOUT)?;
     killed.kill()?;
     let expected = [
         "INFO: Server started",
@@ -45,7 +45,7 @@ async fn every_subscriber_gets_every_line_in_order_from_when_it_is_bound() -> Re
         while place.run(EMIT, &["late"])?.ok()?.stdout != "nobody listens: late\n" {}
         anyhow::Ok(())
     };
-    tokio::time::timeout(SOON, gone).await?
+    tokio::time::timeout(TIMEOUT, gone).await?
 }
 
 #[tokio::test]
@@ -71,7 +71,7 @@ async fn a_stalled_subscriber_loses_the_oldest_lines_and_not_the_broker_its_memo
         confirm.await?;
     }
     stalled.resume()?;
-    stalled.wait_for("line 11999", SOON)?;
+    stalled.wait_for("line 11999", TIMEOUT)?;
     let got = stalled.lines();
     // A hundred were on their way to it when it stalled.
     assert!(got.len() < 10_200, "{} lines", got.len());

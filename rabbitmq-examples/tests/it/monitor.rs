@@ -8,7 +8,7 @@ use compose::{Broker, Service};
 use lapin::options::QueueDeclareOptions;
 use lapin::types::FieldTable;
 
-use crate::shared::{Place, SOON, vhost};
+use crate::shared::{Place, TIMEOUT, vhost};
 
 const MONITOR: &str = env!("CARGO_BIN_EXE_rabbitmq_queue_monitor");
 const PITFALL: &str = env!("CARGO_BIN_EXE_rabbitmq_pitfall_missing_ack");
@@ -26,7 +26,7 @@ fn monitor(place: &Place, args: &[&str]) -> Result<Running> {
 async fn it_warns_of_ready_and_of_unacknowledged_and_says_when_it_is_over() -> Result<()> {
     let place = vhost().await?;
     let mut watching = monitor(&place, &["deep"])?;
-    watching.wait_for("deep: no such queue yet", SOON)?;
+    watching.wait_for("deep: no such queue yet", TIMEOUT)?;
     for queue in ["deep", "other"] {
         let options = QueueDeclareOptions::durable();
         place
@@ -39,7 +39,7 @@ async fn it_warns_of_ready_and_of_unacknowledged_and_says_when_it_is_over() -> R
     }
     watching.wait_for(
         "WARNING: deep has 6 messages, over the threshold of 5",
-        SOON,
+        TIMEOUT,
     )?;
     // Perhaps it has said so before: the first look may have been at fewer messages.
     let alone = "WARNING: deep has messages and no consumer";
@@ -48,7 +48,7 @@ async fn it_warns_of_ready_and_of_unacknowledged_and_says_when_it_is_over() -> R
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
-    tokio::time::timeout(SOON, said).await.context(alone)?;
+    tokio::time::timeout(TIMEOUT, said).await.context(alone)?;
     // Taken and not acknowledged: ready is 0 now, and it is still as deep.
     let holder = Place::again(&place).await?;
     let mut held = Vec::new();
@@ -59,24 +59,24 @@ async fn it_warns_of_ready_and_of_unacknowledged_and_says_when_it_is_over() -> R
             .await?;
         held.push(message.context("none left")?);
     }
-    watching.wait_for("deep: ready 0, unacknowledged 6, consumers 0", SOON)?;
+    watching.wait_for("deep: ready 0, unacknowledged 6, consumers 0", TIMEOUT)?;
     for message in held {
         message.ack(Default::default()).await?;
     }
-    watching.wait_for("recovered: deep has nothing left", SOON)?;
-    watching.wait_for("recovered: deep has 0 messages", SOON)?;
+    watching.wait_for("recovered: deep has nothing left", TIMEOUT)?;
+    watching.wait_for("recovered: deep has 0 messages", TIMEOUT)?;
     // Whatever comes under its name later, is another queue.
     place
         .channel
         .queue_delete("deep".into(), Default::default())
         .await?;
-    watching.wait_for("deep: the queue is gone", SOON)?;
+    watching.wait_for("deep: the queue is gone", TIMEOUT)?;
     place.declare("deep").await?;
     for _ in 0..7 {
         place.publish("deep", b"x").await?;
     }
-    watching.wait_for("WARNING: deep has 7 messages", SOON)?;
-    watching.wait_for("WARNING: deep has messages and no consumer", SOON)?;
+    watching.wait_for("WARNING: deep has 7 messages", TIMEOUT)?;
+    watching.wait_for("WARNING: deep has messages and no consumer", TIMEOUT)?;
     holder.channel.basic_qos(1, Default::default()).await?;
     let consumer = holder
         .channel
@@ -87,10 +87,10 @@ async fn it_warns_of_ready_and_of_unacknowledged_and_says_when_it_is_over() -> R
             Default::default(),
         )
         .await?;
-    watching.wait_for("recovered: deep has a consumer", SOON)?;
+    watching.wait_for("recovered: deep has a consumer", TIMEOUT)?;
     drop(consumer);
     watching.interrupt()?;
-    let ended = watching.wait(SOON)?.ok()?;
+    let ended = watching.wait(TIMEOUT)?.ok()?;
     assert!(!ended.stdout.contains("other"), "{}", ended.stdout);
     Ok(())
 }
@@ -104,14 +104,14 @@ async fn a_queue_without_numbers_is_not_an_empty_one() -> Result<()> {
         place.publish("deep", b"x").await?;
     }
     let mut before = monitor(&place, &["deep"])?;
-    before.wait_for("WARNING: deep has messages and no consumer", SOON)?;
+    before.wait_for("WARNING: deep has messages and no consumer", TIMEOUT)?;
     rabbitmq.restart(1)?;
     let mut after = monitor(&place, &["deep"])?;
-    after.wait_for("deep: ready 6", SOON)?;
-    after.wait_for("WARNING: deep has messages and no consumer", SOON)?;
+    after.wait_for("deep: ready 6", TIMEOUT)?;
+    after.wait_for("WARNING: deep has messages and no consumer", TIMEOUT)?;
     for watching in [&mut before, &mut after] {
         watching.interrupt()?;
-        let said = watching.wait(SOON)?.ok()?.stdout;
+        let said = watching.wait(TIMEOUT)?.ok()?.stdout;
         // In the first one before the messages had come, and never again.
         let (_, said) = said
             .split_once("WARNING: deep has messages")
@@ -132,7 +132,7 @@ async fn what_is_wrong_is_an_error_that_says_so() -> Result<()> {
         let ended = program
             .env("RABBITMQ_MANAGEMENT_URL", management)
             .spawn()?
-            .wait(SOON)?;
+            .wait(TIMEOUT)?;
         assert_eq!(ended.code(), 1);
         assert_eq!(ended.stdout, "");
         assert!(ended.stderr.starts_with("Error: "), "{}", ended.stderr);

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use compose::harness::Finished;
 use compose::{Broker, Service};
 
-use crate::shared::{Place, SOON, vhost};
+use crate::shared::{Place, TIMEOUT, vhost};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_quorum_queue");
 const JOBS: &str = "quorum-queue.jobs";
@@ -25,7 +25,7 @@ async fn registered(rabbitmq: &Broker) -> Result<()> {
         }
     };
     let missing = || format!("{} does not name the queue", data.display());
-    tokio::time::timeout(SOON, written)
+    tokio::time::timeout(TIMEOUT, written)
         .await
         .with_context(missing)
 }
@@ -45,9 +45,9 @@ async fn confirmed_jobs_survive_sigkill_of_the_broker() -> Result<()> {
     let place = Place::of(&rabbitmq).await?;
     place.becomes(JOBS, (200, 0)).await?;
     let mut working = place.start(PROGRAM, &[], "waiting for jobs")?;
-    working.wait_for("job-200: done", SOON)?;
+    working.wait_for("job-200: done", TIMEOUT)?;
     rabbitmq.kill(1)?;
-    let ended = working.wait(SOON)?;
+    let ended = working.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1, "{}", ended.stdout);
     assert!(
         ended.stderr.contains("lost the connection"),
@@ -85,7 +85,7 @@ async fn send_under(
         "all is sent before the fault"
     );
     fault()?;
-    sending.wait(SOON)
+    sending.wait(TIMEOUT)
 }
 
 #[tokio::test]
@@ -153,9 +153,9 @@ async fn poison_is_given_up_after_the_limit_and_looking_at_it_takes_nothing() ->
         .run(PROGRAM, &["send", "job-1", "poison", "job-2"])?
         .ok()?;
     place.becomes(DEAD, (1, 0)).await?;
-    working.wait_for("job-2: done", SOON)?;
+    working.wait_for("job-2: done", TIMEOUT)?;
     working.interrupt()?;
-    let ended = working.wait(SOON)?.ok()?;
+    let ended = working.wait(TIMEOUT)?.ok()?;
     assert!(
         ended
             .stdout

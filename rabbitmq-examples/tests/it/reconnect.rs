@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use compose::harness::Finished;
 use compose::{Broker, Service};
 
-use crate::shared::{Place, SOON, settle, vhost};
+use crate::shared::{Place, TIMEOUT, settle, vhost};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_reconnect");
 const QUEUE: &str = "reconnect";
@@ -36,15 +36,15 @@ async fn ordeal(rabbitmq: &Broker, argument: &[&str]) -> Result<Finished> {
         .args(argument)
         .broker(rabbitmq)
         .spawn()?;
-    program.wait_for("confirmed: ", SOON)?;
+    program.wait_for("confirmed: ", TIMEOUT)?;
     for _ in 0..KILLS {
         rabbitmq.kill(1)?;
-        program.wait_for("publisher: connection lost", SOON)?;
+        program.wait_for("publisher: connection lost", TIMEOUT)?;
         rabbitmq.restart(1)?;
-        program.wait_for("confirmed: ", SOON)?;
+        program.wait_for("confirmed: ", TIMEOUT)?;
     }
     program.interrupt()?;
-    program.wait(SOON * 3)?.ok()
+    program.wait(TIMEOUT * 3)?.ok()
 }
 
 #[tokio::test]
@@ -107,13 +107,13 @@ async fn who_gives_up_hears_what_may_or_may_not_be_there() -> Result<()> {
     place.declare(QUEUE).await?;
     settle(&rabbitmq)?;
     let mut program = place.example(PROGRAM).args(["publish"]).spawn()?;
-    program.wait_for("confirmed: ", SOON)?;
+    program.wait_for("confirmed: ", TIMEOUT)?;
     rabbitmq.kill(1)?;
-    program.wait_for("publisher: connection lost", SOON)?;
+    program.wait_for("publisher: connection lost", TIMEOUT)?;
     program.interrupt()?;
-    program.wait_for("Ctrl-C to give up", SOON)?;
+    program.wait_for("Ctrl-C to give up", TIMEOUT)?;
     program.interrupt()?;
-    let ended = program.wait(SOON)?;
+    let ended = program.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1, "{}", ended.stdout);
     let books = books(&ended)?;
     let (attempted, acked) = (books["attempted"], books["acked"]);
@@ -141,7 +141,7 @@ async fn who_gives_up_hears_what_may_or_may_not_be_there() -> Result<()> {
 async fn a_second_one_is_refused_and_takes_nothing_away() -> Result<()> {
     let place = vhost().await?;
     let mut first = place.start(PROGRAM, &[], "publishing and consuming")?;
-    first.wait_for("confirmed: ", SOON)?;
+    first.wait_for("confirmed: ", TIMEOUT)?;
     place
         .becomes_such(QUEUE, "a consumer", |(_, consumers)| consumers == 1)
         .await?;
@@ -161,7 +161,7 @@ async fn a_second_one_is_refused_and_takes_nothing_away() -> Result<()> {
         .await;
     assert!(refused.is_err(), "it is not exclusive");
     first.interrupt()?;
-    let books = books(&first.wait(SOON)?.ok()?)?;
+    let books = books(&first.wait(TIMEOUT)?.ok()?)?;
     assert_eq!((books["lost"], books["duplicate"]), (0, 0));
     Ok(())
 }
@@ -171,13 +171,13 @@ async fn a_queue_that_is_deleted_is_declared_again_and_what_came_back_is_publish
 -> Result<()> {
     let place = vhost().await?;
     let mut program = place.start(PROGRAM, &["publish"], "publishing")?;
-    program.wait_for("confirmed: ", SOON)?;
+    program.wait_for("confirmed: ", TIMEOUT)?;
     let options = Default::default();
     place.channel.queue_delete(QUEUE.into(), options).await?;
-    program.wait_for("messages came back", SOON)?;
-    program.wait_for("confirmed: ", SOON)?;
+    program.wait_for("messages came back", TIMEOUT)?;
+    program.wait_for("confirmed: ", TIMEOUT)?;
     program.interrupt()?;
-    let books = books(&program.wait(SOON)?.ok()?)?;
+    let books = books(&program.wait(TIMEOUT)?.ok()?)?;
     assert_eq!(books["acked"], books["attempted"]);
     // The deleted queue has taken what was confirmed before; from then on there is no gap.
     let there = place.drain(QUEUE).await?;

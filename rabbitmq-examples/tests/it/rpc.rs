@@ -5,7 +5,7 @@ use compose::harness::Running;
 use compose::{Broker, Service};
 use lapin::BasicProperties;
 
-use crate::shared::{Place, SOON, vhost};
+use crate::shared::{Place, TIMEOUT, vhost};
 
 const CLIENT: &str = env!("CARGO_BIN_EXE_rabbitmq_rpc_client");
 const SERVER: &str = env!("CARGO_BIN_EXE_rabbitmq_rpc_server");
@@ -27,7 +27,7 @@ async fn many_calls_at_once_get_each_its_own_answer_or_error() -> Result<()> {
         .env("RPC_TIMEOUT_MS", "60000")
         .args(&args)
         .spawn()?
-        .wait(SOON)?;
+        .wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1);
     assert!(
         ended.stderr.contains("2 of 96 calls failed"),
@@ -45,7 +45,7 @@ async fn many_calls_at_once_get_each_its_own_answer_or_error() -> Result<()> {
     let mut answered = 0;
     for server in [&mut first, &mut second] {
         server.interrupt()?;
-        let ended = server.wait(SOON)?.ok()?;
+        let ended = server.wait(TIMEOUT)?.ok()?;
         let count = ended
             .stdout
             .rsplit(' ')
@@ -79,7 +79,7 @@ async fn a_silent_server_is_a_timeout_and_late_requests_are_not_carried_out() ->
             .args(["10", "11", "12"])
             .spawn()
     };
-    let ended = call()?.wait(SOON)?;
+    let ended = call()?.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1);
     assert_eq!(
         ended.stdout.matches("no reply within 500 ms").count(),
@@ -90,7 +90,7 @@ async fn a_silent_server_is_a_timeout_and_late_requests_are_not_carried_out() ->
     // One is with the server; the two in the queue have expired.
     place.becomes(QUEUE, (0, 1)).await?;
     stuck.resume()?;
-    stuck.wait_for("fib(10) = 55", SOON)?;
+    stuck.wait_for("fib(10) = 55", TIMEOUT)?;
     let ended = place.run(CLIENT, &["20"])?.ok()?;
     assert_eq!(ended.stdout, "fib(20) = 6765\n");
     assert!(!stuck.lines().iter().any(|line| line.starts_with("fib(11)")));
@@ -107,7 +107,7 @@ async fn a_lost_connection_ends_the_calls_at_once_and_says_so() -> Result<()> {
     let mut client = call.args(["10", "11"]).spawn()?;
     place.becomes(QUEUE, (1, 1)).await?;
     rabbitmq.kill(1)?;
-    let ended = client.wait(SOON)?;
+    let ended = client.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1);
     assert_eq!(
         ended.stdout.matches("lost the connection: ").count(),
@@ -130,10 +130,10 @@ async fn another_server_takes_the_request_of_a_killed_one() -> Result<()> {
     let mut other = server(&place)?;
     place.becomes(QUEUE, (0, 2)).await?;
     dying.kill()?;
-    let ended = client.wait(SOON)?.ok()?;
+    let ended = client.wait(TIMEOUT)?.ok()?;
     assert_eq!(ended.stdout, "fib(30) = 832040\nfib(31) = 1346269\n");
     other.interrupt()?;
-    other.wait(SOON)?.ok()?;
+    other.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -146,10 +146,10 @@ async fn bad_requests_do_not_hurt_the_server() -> Result<()> {
         let nowhere = BasicProperties::default().with_reply_to("nobody".into());
         place.publish_with(QUEUE, &body, nowhere).await?;
     }
-    server.wait_for("without reply_to, dropped", SOON)?;
+    server.wait_for("without reply_to, dropped", TIMEOUT)?;
     let ended = place.run(CLIENT, &["10"])?.ok()?;
     assert_eq!(ended.stdout, "fib(10) = 55\n");
     server.interrupt()?;
-    server.wait(SOON)?.ok()?;
+    server.wait(TIMEOUT)?.ok()?;
     Ok(())
 }

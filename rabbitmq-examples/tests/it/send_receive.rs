@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use compose::harness::{Finished, Running};
 use compose::{Broker, Service};
 
-use crate::shared::{Place, SOON, settle, vhost};
+use crate::shared::{Place, TIMEOUT, settle, vhost};
 
 const TASK: &str = "Task: Process order #123";
 
@@ -25,17 +25,17 @@ async fn sigkill_during_the_work_gives_the_task_back() -> Result<()> {
     let place = vhost().await?;
     let mut first = receiver(&place)?;
     send(&place, TASK)?.ok()?;
-    first.wait_for("received: Process order #123", SOON)?;
+    first.wait_for("received: Process order #123", TIMEOUT)?;
     first.pause()?;
     place.becomes("tasks", (0, 1)).await?;
     first.kill()?;
     place.becomes("tasks", (1, 0)).await?;
 
     let mut second = receiver(&place)?;
-    second.wait_for("received: Process order #123 (redelivered)", SOON)?;
-    second.wait_for("done: Process order #123", SOON)?;
+    second.wait_for("received: Process order #123 (redelivered)", TIMEOUT)?;
+    second.wait_for("done: Process order #123", TIMEOUT)?;
     second.interrupt()?;
-    second.wait(SOON)?.ok()?;
+    second.wait(TIMEOUT)?.ok()?;
     place.becomes("tasks", (0, 0)).await
 }
 
@@ -46,14 +46,14 @@ async fn ctrl_c_finishes_the_task_in_hand_and_leaves_the_others() -> Result<()> 
         send(&place, TASK)?.ok()?;
     }
     let mut receiver = receiver(&place)?;
-    receiver.wait_for("received: ", SOON)?;
+    receiver.wait_for("received: ", TIMEOUT)?;
     // Stopped in the middle of the work, so that there is time to look, and interrupted before it goes on.
     receiver.pause()?;
     // Prefetch 1: the other two stay in the queue, for other workers.
     place.becomes("tasks", (2, 1)).await?;
     receiver.interrupt()?;
     receiver.resume()?;
-    let ended = receiver.wait(SOON)?.ok()?;
+    let ended = receiver.wait(TIMEOUT)?.ok()?;
     assert!(
         ended
             .stdout
@@ -69,8 +69,8 @@ async fn a_body_that_is_no_task_is_kept_aside_and_does_not_block() -> Result<()>
     let not_text = [0xff, 0x00];
     place.publish("tasks", &not_text).await?;
     send(&place, TASK)?.ok()?;
-    receiver.wait_for("not a task, moved to tasks.rejected", SOON)?;
-    receiver.wait_for("done: Process order #123", SOON)?;
+    receiver.wait_for("not a task, moved to tasks.rejected", TIMEOUT)?;
+    receiver.wait_for("done: Process order #123", TIMEOUT)?;
     place.becomes("tasks.rejected", (1, 0)).await?;
     let rejected = place.take("tasks.rejected").await?;
     assert_eq!(rejected.context("the queue is empty")?.data, not_text);
@@ -84,7 +84,7 @@ async fn a_confirmed_task_survives_sigkill_of_the_broker_and_the_receiver_says_t
     let place = Place::of(&rabbitmq).await?;
     let mut declares = receiver(&place)?;
     declares.interrupt()?;
-    declares.wait(SOON)?.ok()?;
+    declares.wait(TIMEOUT)?.ok()?;
     settle(&rabbitmq)?;
     let place = Place::of(&rabbitmq).await?;
     let mut receiver = receiver(&place)?;
@@ -96,7 +96,7 @@ async fn a_confirmed_task_survives_sigkill_of_the_broker_and_the_receiver_says_t
     place.becomes("tasks", (1, 1)).await?;
     rabbitmq.kill(1)?;
     receiver.resume()?;
-    let ended = receiver.wait(SOON)?;
+    let ended = receiver.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1, "{}", ended.stderr);
     let said = &ended.stderr;
     assert!(

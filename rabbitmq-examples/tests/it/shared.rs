@@ -19,7 +19,7 @@ use lapin::options::{
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
 
-pub use compose::harness::SOON;
+pub use compose::harness::TIMEOUT;
 
 /// Where an example is to find RabbitMQ, and a test's own look at it.
 pub struct Place {
@@ -78,7 +78,7 @@ pub async fn vhost() -> Result<Place> {
     let name = format!("test-{}", COUNT.fetch_add(1, Ordering::Relaxed));
     let broker = tokio::task::spawn_blocking(broker).await??;
     let management = management(broker)?;
-    let client = reqwest::Client::builder().timeout(SOON).build()?;
+    let client = reqwest::Client::builder().timeout(TIMEOUT).build()?;
     let permissions = r#"{"configure":".*","write":".*","read":".*"}"#;
     for (path, body) in [
         (format!("/api/vhosts/{name}"), "{}"),
@@ -135,12 +135,12 @@ impl Place {
     }
 
     pub fn run(&self, program: &str, args: &[&str]) -> Result<Finished> {
-        self.example(program).args(args).spawn()?.wait(SOON)
+        self.example(program).args(args).spawn()?.wait(TIMEOUT)
     }
 
     pub fn start(&self, program: &str, args: &[&str], ready: &str) -> Result<Running> {
         let mut running = self.example(program).args(args).spawn()?;
-        running.wait_for(ready, SOON)?;
+        running.wait_for(ready, TIMEOUT)?;
         Ok(running)
     }
 
@@ -216,7 +216,7 @@ impl Place {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
-        tokio::time::timeout(SOON, asking)
+        tokio::time::timeout(TIMEOUT, asking)
             .await
             .with_context(|| format!("no queue {queue}"))?
     }
@@ -233,7 +233,7 @@ impl Place {
             }
             anyhow::Ok(())
         };
-        match tokio::time::timeout(SOON, asking).await {
+        match tokio::time::timeout(TIMEOUT, asking).await {
             Ok(done) => done,
             Err(_) => bail!("{queue}: {:?}, not {what}", self.state(queue).await?),
         }
@@ -267,7 +267,7 @@ impl Place {
             .await?;
         let (mut missing, mut bodies) = (expected.clone(), Vec::new());
         while !missing.is_empty() {
-            let next = tokio::time::timeout(SOON, deliveries.next()).await;
+            let next = tokio::time::timeout(TIMEOUT, deliveries.next()).await;
             let next = next.with_context(|| format!("{queue}: {missing:?} do not come"))?;
             let body = String::from_utf8_lossy(&next.context("cancelled")??.data).into_owned();
             missing.remove(&body);
@@ -303,7 +303,7 @@ impl Place {
                 .basic_consume(queue.into(), "".into(), options, FieldTable::default())
                 .await?;
             for _ in 0..ready {
-                let next = tokio::time::timeout(SOON, deliveries.next()).await;
+                let next = tokio::time::timeout(TIMEOUT, deliveries.next()).await;
                 let next = next.with_context(|| format!("{queue} had {ready} messages"))?;
                 messages.push(next.context("cancelled")??);
             }

@@ -4,15 +4,15 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 
-use crate::shared::{Place, SOON, vhost};
+use crate::shared::{Place, TIMEOUT, vhost};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_stream");
 
 fn read(place: &Place, start: &str, until: &str) -> Result<Vec<String>> {
     let mut reader = place.start(PROGRAM, &[start], "reading from")?;
-    reader.wait_for(until, SOON)?;
+    reader.wait_for(until, TIMEOUT)?;
     reader.interrupt()?;
-    let ended = reader.wait(SOON)?.ok()?;
+    let ended = reader.wait(TIMEOUT)?.ok()?;
     let lines = ended
         .stdout
         .lines()
@@ -35,9 +35,9 @@ async fn each_start_reads_what_it_says_again_and_again() -> Result<()> {
     assert_eq!(read(&place, "last", "offset 2")?, all[2..]);
     let mut next = place.start(PROGRAM, &["next"], "reading from")?;
     place.run(PROGRAM, &["send", "d"])?.ok()?;
-    next.wait_for("offset 3: d", SOON)?;
+    next.wait_for("offset 3: d", TIMEOUT)?;
     next.interrupt()?;
-    let ended = next.wait(SOON)?.ok()?;
+    let ended = next.wait(TIMEOUT)?.ok()?;
     assert!(!ended.stdout.contains("offset 2"), "{}", ended.stdout);
     assert!(ended.stdout.ends_with("stopped; go on from 4\n"));
     // A time is in whole seconds: one that begins behind those, and before the next.
@@ -60,7 +60,7 @@ async fn a_reader_that_was_killed_goes_on_from_the_offset_that_it_knows() -> Res
     args.extend(events.iter().map(String::as_str));
     place.run(PROGRAM, &args)?.ok()?;
     let mut killed = place.start(PROGRAM, &["first"], "reading from")?;
-    killed.wait_for("offset 250: ", SOON)?;
+    killed.wait_for("offset 250: ", TIMEOUT)?;
     killed.kill()?;
     let rest = read(&place, "251", "offset 499")?;
     assert_eq!(rest.len(), 249);

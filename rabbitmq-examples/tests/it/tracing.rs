@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 
-use crate::shared::{SOON, vhost};
+use crate::shared::{TIMEOUT, vhost};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_tracing");
 const QUEUE: &str = "traced-orders";
@@ -29,12 +29,12 @@ async fn one_trace_for_each_order_through_both_programs_and_a_redelivery() -> Re
     let place = vhost().await?;
     let mut killed = place.start(PROGRAM, &[], "waiting for orders")?;
     let sent = place.run(PROGRAM, &["send"])?.ok()?.stdout;
-    killed.wait_for("order-1: handled", SOON)?;
+    killed.wait_for("order-1: handled", TIMEOUT)?;
     let mut consumer = place.start(PROGRAM, &[], "waiting for orders")?;
     killed.kill()?;
     place.becomes(QUEUE, (0, 1)).await?;
     // Whichever of the two had them: only a finished span is printed.
-    let killed = killed.wait(SOON)?.stdout;
+    let killed = killed.wait(TIMEOUT)?.stdout;
     let mut all: Vec<String> = killed.lines().map(String::from).collect();
     place.becomes(&format!("{QUEUE}.rejected"), (1, 0)).await?;
     let done = async {
@@ -54,7 +54,7 @@ async fn one_trace_for_each_order_through_both_programs_and_a_redelivery() -> Re
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
     };
-    let lines = tokio::time::timeout(SOON, done).await?;
+    let lines = tokio::time::timeout(TIMEOUT, done).await?;
     all.extend(lines);
     let all = all.join("\n");
     let mut traces = Vec::new();
@@ -69,7 +69,7 @@ async fn one_trace_for_each_order_through_both_programs_and_a_redelivery() -> Re
     traces.dedup();
     assert_eq!(traces.len(), 3);
     consumer.interrupt()?;
-    consumer.wait(SOON)?.ok()?;
+    consumer.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -81,11 +81,11 @@ async fn an_order_that_would_take_for_ever_is_rejected() -> Result<()> {
         let order = format!(r#"{{"order_id":"order","work_ms":{work_ms}}}"#);
         place.publish(QUEUE, order.as_bytes()).await?;
     }
-    consumer.wait_for("it takes more than 60000 ms", SOON)?;
-    consumer.wait_for("unnamed: handled", SOON)?;
+    consumer.wait_for("it takes more than 60000 ms", TIMEOUT)?;
+    consumer.wait_for("unnamed: handled", TIMEOUT)?;
     place.becomes(&format!("{QUEUE}.rejected"), (1, 0)).await?;
     consumer.interrupt()?;
-    consumer.wait(SOON)?.ok()?;
+    consumer.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -113,10 +113,10 @@ async fn a_header_that_is_broken_begins_a_new_trace() -> Result<()> {
     place
         .publish(QUEUE, br#"{"order_id":"bare","work_ms":0}"#)
         .await?;
-    consumer.wait_for("unnamed: handled", SOON)?;
+    consumer.wait_for("unnamed: handled", TIMEOUT)?;
     place.becomes(QUEUE, (0, 1)).await?;
     consumer.interrupt()?;
-    let ended = consumer.wait(SOON)?.ok()?;
+    let ended = consumer.wait(TIMEOUT)?.ok()?;
     for number in 0..5 {
         let [_, _, parent] = span(&ended.stdout, "process", &format!("odd-{number}"))?;
         assert_eq!(parent, "none");

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use compose::harness::Running;
 use lapin::options::BasicGetOptions;
 
-use crate::shared::{Place, SOON, vhost};
+use crate::shared::{Place, TIMEOUT, vhost};
 
 const SENDER: &str = env!("CARGO_BIN_EXE_rabbitmq_new_task");
 const WORKER: &str = env!("CARGO_BIN_EXE_rabbitmq_worker");
@@ -59,16 +59,16 @@ async fn sigkill_hands_the_task_to_the_other_worker() -> Result<()> {
     let place = vhost().await?;
     let mut first = workers(&place, "1")?;
     place.run(SENDER, &["long...."])?.ok()?;
-    first.wait_for("received long....", SOON)?;
+    first.wait_for("received long....", TIMEOUT)?;
     // However long the second takes to start.
     first.pause()?;
     let mut second = workers(&place, "1")?;
     place.becomes(QUEUE, (0, 2)).await?;
     first.kill()?;
-    second.wait_for("received long.... (redelivered)", SOON)?;
-    second.wait_for("done long....", SOON)?;
+    second.wait_for("received long.... (redelivered)", TIMEOUT)?;
+    second.wait_for("done long....", TIMEOUT)?;
     second.interrupt()?;
-    second.wait(SOON)?.ok()?;
+    second.wait(TIMEOUT)?.ok()?;
     place.becomes(QUEUE, (0, 0)).await
 }
 
@@ -81,7 +81,7 @@ async fn three_workers_have_one_task_each_and_the_rest_stays_for_others() -> Res
         .ok()?;
     let mut three = workers(&place, "3")?;
     for _ in 0..3 {
-        three.wait_for(": received ", SOON)?;
+        three.wait_for(": received ", TIMEOUT)?;
     }
     place.becomes(QUEUE, (2, 3)).await?;
     three.kill()?;
@@ -94,10 +94,10 @@ async fn ctrl_c_finishes_the_tasks_in_hand() -> Result<()> {
     let mut two = workers(&place, "2")?;
     place.run(SENDER, &["a...", "b..."])?.ok()?;
     for _ in 0..2 {
-        two.wait_for(": received ", SOON)?;
+        two.wait_for(": received ", TIMEOUT)?;
     }
     two.interrupt()?;
-    let ended = two.wait(SOON)?.ok()?;
+    let ended = two.wait(TIMEOUT)?.ok()?;
     assert!(
         ended.stdout.ends_with("stopped; tasks done: 2\n"),
         "{}",
@@ -115,7 +115,7 @@ async fn what_is_no_task_is_kept_aside_and_blocks_nothing() -> Result<()> {
     place.publish(QUEUE, hours.as_bytes()).await?;
     place.publish(QUEUE, b"").await?;
     place.publish(QUEUE, b"quick").await?;
-    worker.wait_for("done quick", SOON)?;
+    worker.wait_for("done quick", TIMEOUT)?;
     place.becomes("work-queue.rejected", (2, 0)).await?;
     place.becomes(QUEUE, (0, 1)).await
 }

@@ -8,13 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
-use compose::harness::{Example, Running};
+use compose::harness::{Example, Running, chance};
 use compose::{Broker, Service};
 use futures::StreamExt;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-use crate::shared::chance;
 use smtp::{Fault, MailServer};
 
 const MINUTE: Duration = Duration::from_secs(60);

@@ -12,7 +12,7 @@ use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use serde_json::json;
 
-use crate::shared::chance;
+use compose::harness::chance;
 
 use super::{ALONE, MINUTE, count, find, path, program, store};
 

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running, SOON, broker_absent};
+use compose::harness::{Example, Running, TIMEOUT, broker_absent};
 use compose::{Broker, Service};
 use tempfile::TempDir;
 
@@ -186,7 +186,7 @@ fn ends_with_a_closed_pipe(broker: &Broker, program: &str) -> Result<()> {
             .args([program])
             .env("STAGE", stage)
             .env("DATA", data.path().join(format!("data{stage}")));
-        let ended = pipe.broker(broker).spawn()?.wait(SOON)?;
+        let ended = pipe.broker(broker).spawn()?.wait(TIMEOUT)?;
         ensure!(ended.stdout.lines().count() == 1, "{ended:?}");
         ensure!(ended.stderr.contains("Broken pipe"), "{ended:?}");
     }
@@ -285,7 +285,7 @@ impl Drive<'_> {
             .broker(self.broker)
             .spawn()?;
         if !matches!(stage, "place" | "report") {
-            running.wait_for("working", SOON)?;
+            running.wait_for("working", TIMEOUT)?;
         }
         Ok(running)
     }
@@ -297,7 +297,7 @@ impl Drive<'_> {
         stage: &str,
         more: &[&str],
     ) -> Result<(Running, Vec<String>)> {
-        let ended = dead.wait(SOON)?;
+        let ended = dead.wait(TIMEOUT)?;
         ensure!(ended.code() == 134, "{stage} has not aborted: {ended:?}");
         Ok((self.start(stage, more)?, dead.lines()))
     }
@@ -318,11 +318,11 @@ impl Drive<'_> {
         self.paid.push(lines);
         // Wherever it is.
         for _ in 0..20 {
-            ship.wait_for("done", SOON)?;
+            ship.wait_for("done", TIMEOUT)?;
         }
         ship.kill()?;
         let mut ship = self.start("ship", &[])?;
-        place.wait(SOON)?.ok()?;
+        place.wait(TIMEOUT)?.ok()?;
 
         // The broker dies in the middle of the second half. The stages ride it out.
         let books = Books::open(self.data.path())?;
@@ -331,13 +331,13 @@ impl Drive<'_> {
         observer.place(&LARGE)?;
         let all = ORDERS.to_string();
         let mut place = self.start("place", &["--orders", &all])?;
-        place.wait_for(&format!("order-{:04} placed", ORDERS * 5 / 8), SOON)?;
+        place.wait_for(&format!("order-{:04} placed", ORDERS * 5 / 8), TIMEOUT)?;
         self.broker.kill(1)?;
         self.broker.restart(1)?;
-        place.wait(SOON)?.ok()?;
+        place.wait(TIMEOUT)?.ok()?;
 
         let mut report = self.start("report", &["--orders", &all, "--timeout", "170"])?;
-        let report = report.wait(SOON)?;
+        let report = report.wait(TIMEOUT)?;
         // It judges for itself, and must come to the same result as this test.
         ensure!(report.code() == i32::from(!self.idempotent), "{report:?}");
         let verdict = if self.idempotent {
@@ -352,7 +352,7 @@ impl Drive<'_> {
             ("ship", &mut ship),
         ] {
             stage.terminate()?;
-            let ended = stage.wait(SOON)?.ok().with_context(|| name.to_owned())?;
+            let ended = stage.wait(TIMEOUT)?.ok().with_context(|| name.to_owned())?;
             ensure!(ended.stdout.ends_with("stopped\n"), "{ended:?}");
         }
         self.paid.push(pay.lines());

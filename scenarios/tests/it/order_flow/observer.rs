@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
-use compose::harness::SOON;
+use compose::harness::TIMEOUT;
 use compose::probe::http_get;
 use compose::{Broker, Service};
 use futures::TryStreamExt;
@@ -74,7 +74,7 @@ impl Observer<'_> {
                 let topic = format!("order-flow.{run}.placed");
                 let record = BaseRecord::to(&topic).key("user-1").payload(payload);
                 producer.send(record).map_err(|(error, _)| error)?;
-                Ok(producer.flush(SOON)?)
+                Ok(producer.flush(TIMEOUT)?)
             }
             Service::RabbitMq => Runtime::new()?.block_on(async {
                 let connection =
@@ -144,7 +144,7 @@ impl Observer<'_> {
 
     /// Waits until nothing waits to be consumed, nor is consumed and not acknowledged. The stages have ended.
     pub fn await_nothing_left(&self) -> Result<()> {
-        let deadline = Instant::now() + SOON;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             let left = self.left()?;
             if left == 0 {
@@ -169,13 +169,13 @@ impl Observer<'_> {
                     let topic = format!("order-flow.{run}.{event}");
                     let mut all = TopicPartitionList::new();
                     for partition in
-                        group.fetch_metadata(Some(&topic), SOON)?.topics()[0].partitions()
+                        group.fetch_metadata(Some(&topic), TIMEOUT)?.topics()[0].partitions()
                     {
                         all.add_partition(&topic, partition.id());
                     }
-                    for position in group.committed_offsets(all, SOON)?.elements() {
+                    for position in group.committed_offsets(all, TIMEOUT)?.elements() {
                         let (_, end) =
-                            group.fetch_watermarks(&topic, position.partition(), SOON)?;
+                            group.fetch_watermarks(&topic, position.partition(), TIMEOUT)?;
                         left += match position.offset() {
                             Offset::Offset(committed) => end - committed,
                             _ => end,
@@ -282,7 +282,7 @@ impl Observer<'_> {
                         .await?;
                     let mut letters = Vec::new();
                     for _ in 0..count {
-                        let message = tokio::time::timeout(SOON, consumer.try_next()).await??;
+                        let message = tokio::time::timeout(TIMEOUT, consumer.try_next()).await??;
                         let message = message.context("the messages ended")?;
                         let properties = &message.metadata().properties;
                         let label = |key: &str| {
@@ -308,14 +308,14 @@ impl Observer<'_> {
             .create()?;
         let topic = format!("order-flow.{}.{event}", self.run);
         let mut all = TopicPartitionList::new();
-        for partition in reader.fetch_metadata(Some(&topic), SOON)?.topics()[0].partitions() {
+        for partition in reader.fetch_metadata(Some(&topic), TIMEOUT)?.topics()[0].partitions() {
             all.add_partition_offset(&topic, partition.id(), Offset::Beginning)?;
         }
         let mut open = all.count();
         reader.assign(&all)?;
         let mut records = Vec::new();
         while open > 0 {
-            match reader.poll(SOON).context("the topic has no end")? {
+            match reader.poll(TIMEOUT).context("the topic has no end")? {
                 Ok(record) => records.push(record.detach()),
                 Err(KafkaError::PartitionEOF(_)) => open -= 1,
                 Err(error) => return Err(error.into()),
@@ -369,7 +369,7 @@ impl Observer<'_> {
         let topic = self.topic(event).replace("://", "/");
         let page = format!("{web}/admin/v2/{topic}/stats?getPreciseBacklog=true");
         let (status, text) =
-            http_get(&page, SOON).with_context(|| format!("no answer from {page}"))?;
+            http_get(&page, TIMEOUT).with_context(|| format!("no answer from {page}"))?;
         ensure!(status == 200, "{page}: {status} {text}");
         let stats: Value = serde_json::from_str(&text)?;
         stats["subscriptions"][subscription]["msgBacklog"]

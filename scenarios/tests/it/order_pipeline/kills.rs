@@ -13,7 +13,7 @@ use rdkafka::{Offset, TopicPartitionList};
 
 use super::checker::{Event, check};
 use super::{DEAD_LETTERS, MINUTE, TOPIC, books, books_file, committed, program, reported};
-use crate::shared::chance;
+use compose::harness::chance;
 
 const ORDERS: usize = 6000;
 const KILLS: usize = 20;
