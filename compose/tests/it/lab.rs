@@ -11,6 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, LazyLock, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use compose::harness::handles;
@@ -61,8 +62,14 @@ impl Lab {
 
     /// `lab run`, without a build.
     fn example(&self, name: &str) -> Command {
-        let mut command = self.command(&["run", name]);
-        command.env("CARGO", BUILT.program());
+        self.with_cargo(&BUILT, &["run", name])
+    }
+
+    fn with_cargo(&self, cargo: &Stub, arguments: &[&str]) -> Command {
+        let mut command = self.command(arguments);
+        command.env("CARGO", cargo.program());
+        // No other cargo builds into this folder, so nothing is waited for.
+        command.env("CARGO_TARGET_DIR", self.path().join("target"));
         command
     }
 
@@ -106,6 +113,7 @@ impl Drop for Lab {
 struct Running {
     child: Child,
     said: Arc<Mutex<String>>,
+    reader: JoinHandle<()>,
 }
 
 impl Running {
@@ -117,14 +125,18 @@ impl Running {
             .unwrap();
         let said = Arc::new(Mutex::new(String::new()));
         let (lines, collected) = (child.stderr.take().unwrap(), Arc::clone(&said));
-        std::thread::spawn(move || {
+        let reader = std::thread::spawn(move || {
             for line in BufReader::new(lines).lines().map_while(Result::ok) {
                 let mut collected = collected.lock().unwrap();
                 collected.push_str(&line);
                 collected.push('\n');
             }
         });
-        Running { child, said }
+        Running {
+            child,
+            said,
+            reader,
+        }
     }
 
     fn said(&self) -> String {
@@ -146,13 +158,26 @@ impl Running {
     }
 
     #[track_caller]
-    fn ends_with(self, code: i32) -> String {
-        let said = self.said;
-        let status = wait_for_end(self.child);
-        let said = said.lock().unwrap().clone();
-        assert_eq!(status.code(), Some(code), "{said}");
+    fn ends_with(mut self, code: i32) -> String {
+        let mut status = None;
+        eventually("lab ends", || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        // Also what it has started must have let go of its standard error.
+        eventually("all that lab said is read", || self.reader.is_finished());
+        let said = self.said();
+        assert_eq!(status.unwrap().code(), Some(code), "{said}");
         assert!(!said.contains("panicked"), "{said}");
         said
+    }
+}
+
+impl Drop for Running {
+    /// A test that fails leaves nothing behind.
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -468,8 +493,7 @@ fn a_third_ctrl_c_kills_an_example_that_does_not_end() {
     let lab = Lab::new();
     let deaf = Stub::new("nats_publish", &format!("trap '' INT\n{FOREVER}"));
     let cargo = cargo_that_builds(&[("nats_publish", &deaf.program())]);
-    let mut command = lab.command(&["run", "nats_publish"]);
-    command.env("CARGO", cargo.program());
+    let mut command = lab.with_cargo(&cargo, &["run", "nats_publish"]);
     command.env("NATS_URL", "nats://127.0.0.1:1");
     let mut running = Running::start(&mut command);
     let pid = deaf.await_pid();
@@ -509,8 +533,7 @@ fn help_takes_no_broker() {
 
     let program = Stub::new("order_pipeline", "echo usage: $*");
     let cargo = cargo_that_builds(&[("order_pipeline", &program.program())]);
-    let mut command = lab.command(&["run", "order_pipeline", "--help"]);
-    command.env("CARGO", cargo.program());
+    let mut command = lab.with_cargo(&cargo, &["run", "order_pipeline", "--help"]);
     let output = command.output().unwrap();
     assert_eq!(
         String::from_utf8_lossy(&output.stdout),
@@ -673,8 +696,7 @@ fn a_reader_that_has_left_is_no_error() {
     let silent = Stub::new("nats_publish", "exit 0");
     let cargo = cargo_that_builds(&[("nats_publish", &silent.program())]);
     let other = Lab::new();
-    let mut command = other.command(&["run", "nats_publish"]);
-    command.env("CARGO", cargo.program());
+    let mut command = other.with_cargo(&cargo, &["run", "nats_publish"]);
     let status = command.stdout(closed()).stderr(closed()).status();
     assert!(status.unwrap().success());
     let mut command = lab.command(&["kill", "nats.2"]);

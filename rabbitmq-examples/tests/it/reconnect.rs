@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use compose::harness::Finished;
 use compose::{Broker, Service};
 
-use crate::shared::{Place, TIMEOUT, settle, vhost};
+use crate::shared::{Place, TIMEOUT, settle, vhost, vhost_of};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_rabbitmq_reconnect");
 const QUEUE: &str = "reconnect";
@@ -28,37 +28,59 @@ fn books(ended: &Finished) -> Result<BTreeMap<String, u64>> {
     pairs.collect()
 }
 
-/// Lets it publish, breaks the broker under it, lets it recover; several times.
-async fn ordeal(rabbitmq: &Broker, argument: &[&str]) -> Result<Finished> {
-    Place::of(rabbitmq).await?.declare(QUEUE).await?;
-    settle(rabbitmq)?;
-    let mut program = compose::harness::Example::new(PROGRAM)
-        .args(argument)
-        .broker(rabbitmq)
-        .spawn()?;
-    program.wait_for("confirmed: ", TIMEOUT)?;
-    for _ in 0..KILLS {
-        rabbitmq.kill(1)?;
-        program.wait_for("publisher: connection lost", TIMEOUT)?;
-        rabbitmq.restart(1)?;
+/// One that only publishes, and one that does both, each in a virtual host of its own, while the broker dies again and again.
+#[tokio::test]
+async fn over_three_kills_of_the_broker_nothing_confirmed_is_lost() -> Result<()> {
+    let rabbitmq = Broker::private(Service::RabbitMq)?;
+    let publishing = vhost_of(&rabbitmq, "publishing").await?;
+    let both = vhost_of(&rabbitmq, "both").await?;
+    publishing.declare(QUEUE).await?;
+    both.declare(QUEUE).await?;
+    settle(&rabbitmq)?;
+    let mut programs = [
+        publishing.example(PROGRAM).args(["publish"]).spawn()?,
+        both.example(PROGRAM).spawn()?,
+    ];
+    for program in &mut programs {
         program.wait_for("confirmed: ", TIMEOUT)?;
     }
-    program.interrupt()?;
-    program.wait(TIMEOUT * 3)?.ok()
+    for _ in 0..KILLS {
+        rabbitmq.kill(1)?;
+        for program in &mut programs {
+            program.wait_for("publisher: connection lost", TIMEOUT)?;
+        }
+        rabbitmq.restart(1)?;
+        for program in &mut programs {
+            program.wait_for("confirmed: ", TIMEOUT)?;
+        }
+    }
+    for program in &mut programs {
+        program.interrupt()?;
+    }
+    let [publisher, program] = &mut programs;
+    nothing_is_lost_and_what_is_there_twice_was_in_doubt(
+        &publisher.wait(TIMEOUT * 3)?.ok()?,
+        &Place::again(&publishing).await?,
+    )
+    .await?;
+    all_that_was_confirmed_is_handled(
+        &program.wait(TIMEOUT * 3)?.ok()?,
+        &Place::again(&both).await?,
+    )
+    .await
 }
 
-#[tokio::test]
-async fn nothing_confirmed_is_lost_and_what_is_there_twice_was_in_doubt() -> Result<()> {
-    let rabbitmq = Broker::private(Service::RabbitMq)?;
-    let ended = ordeal(&rabbitmq, &["publish"]).await?;
-    let books = books(&ended)?;
+async fn nothing_is_lost_and_what_is_there_twice_was_in_doubt(
+    ended: &Finished,
+    place: &Place,
+) -> Result<()> {
+    let books = books(ended)?;
     let (attempted, acked, doubtful) = (books["attempted"], books["acked"], books["indeterminate"]);
     // Nobody has looked, so nothing is said of it.
     assert!(!books.contains_key("lost"), "{}", ended.stdout);
     // All was confirmed in the end, so each must be there.
     assert_eq!(acked, attempted, "{}", ended.stdout);
     assert!(doubtful >= 1, "{}", ended.stdout);
-    let place = Place::of(&rabbitmq).await?;
     let mut delivered: BTreeMap<u64, u64> = BTreeMap::new();
     for body in place.drain(QUEUE).await? {
         *delivered.entry(body.parse()?).or_default() += 1;
@@ -82,11 +104,8 @@ async fn nothing_confirmed_is_lost_and_what_is_there_twice_was_in_doubt() -> Res
     Ok(())
 }
 
-#[tokio::test]
-async fn both_sides_go_on_and_all_that_was_confirmed_is_handled() -> Result<()> {
-    let rabbitmq = Broker::private(Service::RabbitMq)?;
-    let ended = ordeal(&rabbitmq, &[]).await?;
-    let books = books(&ended)?;
+async fn all_that_was_confirmed_is_handled(ended: &Finished, place: &Place) -> Result<()> {
+    let books = books(ended)?;
     println!("{books:?}");
     assert_eq!(books["acked"], books["attempted"], "{}", ended.stdout);
     assert_eq!(
@@ -97,7 +116,7 @@ async fn both_sides_go_on_and_all_that_was_confirmed_is_handled() -> Result<()> 
     );
     assert_eq!(books["delivered"], books["attempted"] + books["duplicate"]);
     // What it says it has handled is handled in the broker's books, too.
-    Place::of(&rabbitmq).await?.becomes(QUEUE, (0, 0)).await
+    place.becomes(QUEUE, (0, 0)).await
 }
 
 #[tokio::test]

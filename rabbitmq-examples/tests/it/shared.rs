@@ -77,6 +77,11 @@ pub async fn vhost() -> Result<Place> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let name = format!("test-{}", COUNT.fetch_add(1, Ordering::Relaxed));
     let broker = tokio::task::spawn_blocking(broker).await??;
+    vhost_of(broker, &name).await
+}
+
+/// A new virtual host of a broker.
+pub async fn vhost_of(broker: &Broker, name: &str) -> Result<Place> {
     let management = management(broker)?;
     let client = reqwest::Client::builder().timeout(TIMEOUT).build()?;
     let permissions = r#"{"configure":".*","write":".*","read":".*"}"#;

@@ -8,15 +8,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
-use compose::harness::{Example, Running, chance};
+use compose::harness::{Example, Running, TIMEOUT, chance};
 use compose::{Broker, Service};
 use futures::StreamExt;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
 use smtp::{Fault, MailServer};
-
-const MINUTE: Duration = Duration::from_secs(60);
 
 struct World {
     nats: Broker,
@@ -63,7 +61,7 @@ impl World {
     }
 
     fn await_mails(&self, users: usize) -> Result<()> {
-        let deadline = Instant::now() + MINUTE;
+        let deadline = Instant::now() + TIMEOUT;
         while self.mails().0.len() < users {
             ensure!(Instant::now() < deadline, "{:?}", self.mail.mails());
             thread::sleep(Duration::from_millis(20));
@@ -176,10 +174,10 @@ fn every_user_gets_one_mail_though_everything_is_killed() -> Result<()> {
     }
     assert!(kills >= 9, "{kills}");
     let (_, mut user) = running.remove("user").context("user")?;
-    user.wait(2 * MINUTE)?.ok()?;
+    user.wait(TIMEOUT)?.ok()?;
     let report = world
         .durable(&["report", "--timeout", "100"])?
-        .wait(2 * MINUTE)?
+        .wait(TIMEOUT)?
         .ok()?
         .stdout;
     let (mails, repeats) = world.mails();
@@ -195,7 +193,7 @@ fn every_user_gets_one_mail_though_everything_is_killed() -> Result<()> {
     );
     assert_eq!(world.dead_letters()?, BTreeMap::new());
     // The books are complete before the last acks are.
-    let deadline = Instant::now() + MINUTE;
+    let deadline = Instant::now() + TIMEOUT;
     for service in ["email", "notification"] {
         while world.open(service)? != (0, 0) {
             ensure!(Instant::now() < deadline, "{service} leaves events open");
@@ -204,7 +202,7 @@ fn every_user_gets_one_mail_though_everything_is_killed() -> Result<()> {
     }
     for (_, mut process) in running.into_values() {
         process.terminate()?;
-        process.wait(MINUTE)?.ok()?;
+        process.wait(TIMEOUT)?.ok()?;
     }
     assert_eq!(world.open("email")?, (0, 0));
     assert_eq!(world.open("notification")?, (0, 0));
@@ -217,23 +215,23 @@ fn a_kill_between_the_servers_answer_and_the_mark_repeats_the_same_mail() -> Res
     let world = World::new(&[Fault::Hold])?;
     world
         .durable(&["user", "--users", "1"])?
-        .wait(MINUTE)?
+        .wait(TIMEOUT)?
         .ok()?;
     let mut email = world.durable(&["email"])?;
-    world.mail.happened.recv_timeout(MINUTE)?;
+    world.mail.happened.recv_timeout(TIMEOUT)?;
     email.kill()?;
     let mut email = world.durable(&["email"])?;
-    email.wait_for("mail to user-1@example.org", MINUTE)?;
+    email.wait_for("mail to user-1@example.org", TIMEOUT)?;
     email.interrupt()?;
-    email.wait(MINUTE)?.ok()?;
+    email.wait(TIMEOUT)?.ok()?;
     let (mails, repeats) = world.mails();
     assert_eq!((mails.len(), repeats), (1, 1));
     assert_eq!(mails["user-1@example.org"].len(), 1, "{mails:?}");
 
     // The books know of it, and the program's own mailbox keeps such a mail once.
     let mut notification = world.durable(&["notification"])?;
-    notification.wait_for("event-bus.user.created", MINUTE)?;
-    let report = world.durable(&["report"])?.wait(MINUTE)?.ok()?.stdout;
+    notification.wait_for("event-bus.user.created", TIMEOUT)?;
+    let report = world.durable(&["report"])?.wait(TIMEOUT)?.ok()?.stdout;
     assert_eq!(
         reported(&report, "all runs: mails in doubt"),
         Some(1),
@@ -247,18 +245,18 @@ fn a_mail_server_that_stops_is_given_up() -> Result<()> {
     let world = World::new(&[Fault::Hold, Fault::Hold])?;
     world
         .durable(&["user", "--users", "1"])?
-        .wait(MINUTE)?
+        .wait(TIMEOUT)?
         .ok()?;
     let mut email = world.durable(&["email"])?;
-    world.mail.happened.recv_timeout(MINUTE)?;
+    world.mail.happened.recv_timeout(TIMEOUT)?;
     email.interrupt()?;
-    email.wait(MINUTE)?.ok()?;
+    email.wait(TIMEOUT)?.ok()?;
 
     let mut email = world.durable(&["email"])?;
-    world.mail.happened.recv_timeout(MINUTE)?;
-    email.wait_for("mail to user-1@example.org", MINUTE)?;
+    world.mail.happened.recv_timeout(TIMEOUT)?;
+    email.wait_for("mail to user-1@example.org", TIMEOUT)?;
     email.interrupt()?;
-    email.wait(MINUTE)?.ok()?;
+    email.wait(TIMEOUT)?.ok()?;
     // The server had it each time, and nobody can have known.
     let (mails, repeats) = world.mails();
     assert_eq!((mails.len(), repeats), (1, 2));
@@ -269,7 +267,7 @@ fn a_mail_server_that_stops_is_given_up() -> Result<()> {
 #[test]
 fn a_run_ends_though_a_mail_is_refused_for_good() -> Result<()> {
     let world = World::new(&[Fault::Refuse])?;
-    let ended = world.durable(&["--users", "3"])?.wait(MINUTE)?;
+    let ended = world.durable(&["--users", "3"])?.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1, "{}", ended.stdout);
     let number = |what: &str| reported(&ended.stdout, what);
     assert_eq!(number("mails sent"), Some(2), "{}", ended.stdout);
@@ -288,7 +286,7 @@ fn a_run_goes_on_with_a_new_stream_when_the_old_one_was_deleted() -> Result<()> 
     let url = world.nats.address();
     Runtime::new()?.block_on(async {
         let jetstream = jetstream::new(async_nats::connect(url).await?);
-        let deadline = Instant::now() + MINUTE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             if let Ok(stream) = jetstream.get_stream("EVENT_BUS").await
                 && stream.cached_info().state.messages >= 5
@@ -302,11 +300,11 @@ fn a_run_goes_on_with_a_new_stream_when_the_old_one_was_deleted() -> Result<()> 
         jetstream.delete_stream("EVENT_BUS").await?;
         Ok(())
     })?;
-    world.durable(&run)?.wait(MINUTE)?.ok()?;
+    world.durable(&run)?.wait(TIMEOUT)?.ok()?;
     let mut email = world.durable(&["email"])?;
     world.await_mails(40)?;
     email.interrupt()?;
-    email.wait(MINUTE)?.ok()?;
+    email.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -314,9 +312,9 @@ fn a_run_goes_on_with_a_new_stream_when_the_old_one_was_deleted() -> Result<()> 
 fn what_the_mailbox_holds_is_not_asked_when_another_server_has_the_mails() -> Result<()> {
     let world = World::new(&[])?;
     let own = world.example(&["--users", "2"]).spawn()?;
-    let stdout = { own }.wait(MINUTE)?.ok()?.stdout;
+    let stdout = { own }.wait(TIMEOUT)?.ok()?.stdout;
     assert_eq!(reported(&stdout, "mails in the mailbox"), Some(2));
-    let stdout = world.start(&["--users", "3"])?.wait(MINUTE)?.ok()?.stdout;
+    let stdout = world.start(&["--users", "3"])?.wait(TIMEOUT)?.ok()?.stdout;
     assert_eq!(reported(&stdout, "mails in the mailbox"), None, "{stdout}");
     Ok(())
 }
@@ -325,11 +323,11 @@ fn what_the_mailbox_holds_is_not_asked_when_another_server_has_the_mails() -> Re
 fn without_jetstream_an_outage_ends_the_run_and_ctrl_c_is_heard() -> Result<()> {
     let world = World::new(&[])?;
     let mut email = world.start(&["email"])?;
-    email.wait_for("listening", MINUTE)?;
+    email.wait_for("listening", TIMEOUT)?;
     let mut all = world.start(&["--users", "20", "--rate", "2"])?;
-    all.wait_for("notification: event-bus.user.created", MINUTE)?;
+    all.wait_for("notification: event-bus.user.created", TIMEOUT)?;
     world.nats.kill(1)?;
-    let ended = all.wait(MINUTE)?;
+    let ended = all.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1, "{}", ended.stdout);
     assert!(
         ended.stderr.contains("the connection to NATS is lost"),
@@ -337,7 +335,7 @@ fn without_jetstream_an_outage_ends_the_run_and_ctrl_c_is_heard() -> Result<()> 
         ended.stderr
     );
     email.interrupt()?;
-    email.wait(MINUTE)?.ok()?;
+    email.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -345,14 +343,14 @@ fn without_jetstream_an_outage_ends_the_run_and_ctrl_c_is_heard() -> Result<()> 
 fn the_mailbox_keeps_a_repeated_mail_once() -> Result<()> {
     let world = World::new(&[])?;
     let mut mailbox = world.start(&["mailbox", "--listen", "127.0.0.1:0"])?;
-    let line = mailbox.wait_for("smtp://", MINUTE)?;
+    let line = mailbox.wait_for("smtp://", TIMEOUT)?;
     for _ in 0..2 {
         send_mail(&line)?;
     }
-    mailbox.wait_for("for b@example.org \"Hello\"", MINUTE)?;
-    mailbox.wait_for("again, suppressed", MINUTE)?;
+    mailbox.wait_for("for b@example.org \"Hello\"", TIMEOUT)?;
+    mailbox.wait_for("again, suppressed", TIMEOUT)?;
     mailbox.terminate()?;
-    mailbox.wait(MINUTE)?.ok()?;
+    mailbox.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -386,23 +384,23 @@ fn every_part_ends_when_nobody_reads_what_it_prints() -> Result<()> {
             .spawn()
     };
     let mut mailbox = pipe(&["mailbox", "--listen", "127.0.0.1:0"])?;
-    let line = mailbox.wait_for("smtp://", MINUTE)?;
+    let line = mailbox.wait_for("smtp://", TIMEOUT)?;
     let mut running = vec![("mailbox", mailbox)];
     for part in ["email", "notification", "audit"] {
         running.push((part, pipe(&[part, "--durable"])?));
     }
-    let deadline = Instant::now() + MINUTE;
+    let deadline = Instant::now() + TIMEOUT;
     while !running.is_empty() {
         // Refused as soon as the mailbox has ended.
         let _ = send_mail(&line);
-        world.durable(&["user", "--users", "1"])?.wait(MINUTE)?;
+        world.durable(&["user", "--users", "1"])?.wait(TIMEOUT)?;
         let mut left = Vec::new();
         for (part, mut pipe) in running {
             if pipe.try_wait()?.is_none() {
                 left.push((part, pipe));
                 continue;
             }
-            let ended = pipe.wait(MINUTE)?;
+            let ended = pipe.wait(TIMEOUT)?;
             assert_eq!(ended.stdout.lines().count(), 1, "{part}: {ended:?}");
         }
         running = left;
@@ -418,11 +416,11 @@ fn who_was_away_or_is_new_gets_what_it_missed() -> Result<()> {
     // Nobody is there: with JetStream the events wait, without they are gone.
     world
         .start(&["user", "--users", "20"])?
-        .wait(MINUTE)?
+        .wait(TIMEOUT)?
         .ok()?;
     world
         .durable(&["user", "--users", "40"])?
-        .wait(MINUTE)?
+        .wait(TIMEOUT)?
         .ok()?;
     let mut first = world.durable(&["email"])?;
     let mut second = world.durable(&["email"])?;
@@ -431,12 +429,12 @@ fn who_was_away_or_is_new_gets_what_it_missed() -> Result<()> {
     let mut audit = world.durable(&["audit"])?;
     // The user is created and updated.
     for _ in 0..2 {
-        audit.wait_for("-000040", MINUTE)?;
+        audit.wait_for("-000040", TIMEOUT)?;
     }
     let mut handled = 0;
     for process in [&mut first, &mut second, &mut audit] {
         process.terminate()?;
-        let stdout = process.wait(MINUTE)?.ok()?.stdout;
+        let stdout = process.wait(TIMEOUT)?.ok()?.stdout;
         let line = stdout.lines().last().context("nothing said")?.to_owned();
         let events: u64 = line.split(' ').nth(1).context("no count")?.parse()?;
         if line.starts_with("email") {
@@ -452,20 +450,20 @@ fn who_was_away_or_is_new_gets_what_it_missed() -> Result<()> {
     let mut first = world.start(&["email"])?;
     let mut second = world.start(&["email"])?;
     for process in [&mut first, &mut second] {
-        process.wait_for("listening", MINUTE)?;
+        process.wait_for("listening", TIMEOUT)?;
     }
     world
         .start(&["user", "--users", "30"])?
-        .wait(MINUTE)?
+        .wait(TIMEOUT)?
         .ok()?;
-    let deadline = Instant::now() + MINUTE;
+    let deadline = Instant::now() + TIMEOUT;
     while world.mail.mails().len() < 70 {
         ensure!(Instant::now() < deadline, "{}", world.mail.mails().len());
         thread::sleep(Duration::from_millis(20));
     }
     for process in [&mut first, &mut second] {
         process.interrupt()?;
-        process.wait(MINUTE)?.ok()?;
+        process.wait(TIMEOUT)?.ok()?;
     }
     assert_eq!(world.mail.mails().len(), 70);
     Ok(())
@@ -493,16 +491,16 @@ fn poison_events_end_elsewhere_and_the_services_live_on() -> Result<()> {
     ];
     // Core NATS: reported and skipped.
     let mut email = world.start(&["email"])?;
-    email.wait_for("listening", MINUTE)?;
+    email.wait_for("listening", TIMEOUT)?;
     world.publish("event-bus.user.created", &unreadable)?;
     world.publish(
         "event-bus.user.created",
         &[nobody.as_bytes(), strange.as_bytes(), good.as_bytes()],
     )?;
-    email.wait_for("version 2 is not known here", MINUTE)?;
-    email.wait_for("mail to good@example.org", MINUTE)?;
+    email.wait_for("version 2 is not known here", TIMEOUT)?;
+    email.wait_for("mail to good@example.org", TIMEOUT)?;
     email.interrupt()?;
-    let ended = email.wait(MINUTE)?.ok()?;
+    let ended = email.wait(TIMEOUT)?.ok()?;
     assert!(
         ended.stdout.contains("1 events handled, 7 skipped"),
         "{}",
@@ -512,7 +510,7 @@ fn poison_events_end_elsewhere_and_the_services_live_on() -> Result<()> {
     // JetStream: to the dead letters, once for each service that cannot use it, and never again.
     let world = World::new(&[])?;
     let mut notification = world.durable(&["notification"])?;
-    notification.wait_for("working", MINUTE)?;
+    notification.wait_for("working", TIMEOUT)?;
     world.publish("event-bus.user.created", &unreadable)?;
     world.publish(
         "event-bus.user.created",
@@ -523,10 +521,10 @@ fn poison_events_end_elsewhere_and_the_services_live_on() -> Result<()> {
     let large = vec![b'x'; 1 << 20];
     world.publish("event-bus.user.created", &[&large])?;
     let mut email = world.durable(&["email"])?;
-    email.wait_for("mail to good@example.org", MINUTE)?;
+    email.wait_for("mail to good@example.org", TIMEOUT)?;
     // Handled side by side: those before it may be unfinished.
     for service in ["email", "notification"] {
-        let deadline = Instant::now() + MINUTE;
+        let deadline = Instant::now() + TIMEOUT;
         while world.open(service)? != (0, 0) {
             ensure!(Instant::now() < deadline, "{service} is not done");
             thread::sleep(Duration::from_millis(50));
@@ -558,7 +556,7 @@ fn poison_events_end_elsewhere_and_the_services_live_on() -> Result<()> {
     assert_eq!(mails.len(), 1, "{mails:?}");
     for mut process in [email, notification] {
         process.terminate()?;
-        process.wait(MINUTE)?.ok()?;
+        process.wait(TIMEOUT)?.ok()?;
     }
     Ok(())
 }

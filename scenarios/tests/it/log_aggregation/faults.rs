@@ -14,7 +14,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Produc
 use crate::shared::kafka;
 
 use super::http::{Fault, Proxy};
-use super::{ALONE, MINUTE, await_count, count, dead_letters, find, get, header, program, store};
+use super::{ALONE, TIMEOUT, await_count, count, dead_letters, find, get, header, program, store};
 
 #[test]
 fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
@@ -28,7 +28,7 @@ fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
         &["--entries", "1500", "--produce-only"],
     )
     .spawn()?
-    .wait(MINUTE)?
+    .wait(TIMEOUT)?
     .ok()?;
 
     // What no store takes, what no line of ours would be, and what is unusual and fine.
@@ -65,7 +65,7 @@ fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
             .send(BaseRecord::to(index).key("vandal").payload(payload))
             .map_err(|(error, _)| error)?;
     }
-    vandal.flush(MINUTE)?;
+    vandal.flush(TIMEOUT)?;
     // The client panics at such a header.
     let named = format!(r#"{{{time},"level":{{"deep":2}}}}"#);
     let headers: [(&[u8], &[u8]); 1] = [(b"\xff\xfe", b"x")];
@@ -86,7 +86,7 @@ fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
     let mut first = program(&kafka, &proxy.address, index, &aggregate).spawn()?;
     // Between the bulk and the commit: the store has the batch, the aggregator will never know.
     loop {
-        if let Fault::Hold = proxy.happened.recv_timeout(2 * MINUTE)? {
+        if let Fault::Hold = proxy.happened.recv_timeout(TIMEOUT)? {
             break;
         }
     }
@@ -95,10 +95,10 @@ fn the_store_refuses_delays_and_dies_after_applying() -> Result<()> {
     let mut second = program(&kafka, &store()?.address(), index, &aggregate).spawn()?;
     program(&kafka, &store()?.address(), index, &["audit"])
         .spawn()?
-        .wait(2 * MINUTE)?
+        .wait(TIMEOUT)?
         .ok()?;
     second.terminate()?;
-    let second = second.wait(MINUTE)?.ok()?;
+    let second = second.wait(TIMEOUT)?.ok()?;
     let again: u64 = second
         .stdout
         .split(" entries stored, ")
@@ -155,7 +155,7 @@ fn what_kafka_does_not_take_ends_with_a_readable_error() -> Result<()> {
     let ended = program(&kafka, &store()?.address(), "small", &args)
         .stdin(noise)
         .spawn()?
-        .wait(MINUTE)?;
+        .wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1);
     assert!(
         ended.stderr.contains("Kafka does not take what was read")
@@ -176,9 +176,9 @@ fn ctrl_c_does_not_wait_for_a_store_that_takes_nothing() -> Result<()> {
         program(&kafka, store, "patience", &args).spawn()
     };
     let mut first = run(&proxy.address)?;
-    proxy.happened.recv_timeout(MINUTE)?;
+    proxy.happened.recv_timeout(TIMEOUT)?;
     first.interrupt()?;
-    let first = first.wait(MINUTE)?;
+    let first = first.wait(TIMEOUT)?;
     assert_eq!(first.code(), 1);
     assert!(
         first
@@ -208,17 +208,17 @@ fn the_bench_leaves_nothing_behind() -> Result<()> {
         };
         Ok(all.iter().filter(ours).count())
     };
-    let stdout = bench("500", "1")?.wait(2 * MINUTE)?.ok()?.stdout;
+    let stdout = bench("500", "1")?.wait(TIMEOUT)?.ok()?.stdout;
     assert!(stdout.contains("file -> Kafka -> store, 100"), "{stdout}");
     assert_eq!(left()?, 0);
 
     let mut interrupted = bench("5000", "100")?;
-    interrupted.wait_for("round 1:", 2 * MINUTE)?;
+    interrupted.wait_for("round 1:", TIMEOUT)?;
     while left()? == 0 {
         ensure!(interrupted.try_wait()?.is_none(), "it has ended");
     }
     interrupted.interrupt()?;
-    assert_eq!(interrupted.wait(2 * MINUTE)?.code(), 1);
+    assert_eq!(interrupted.wait(TIMEOUT)?.code(), 1);
     assert_eq!(left()?, 0);
     Ok(())
 }
@@ -259,7 +259,7 @@ fn a_few_entries_are_stored_after_a_second() -> Result<()> {
     let mut ingest = program(&kafka, &store, index, &PIPE)
         .stdin(first + &line("error", "shipping"))
         .spawn()?;
-    let report = ingest.wait(MINUTE)?.ok()?.stdout;
+    let report = ingest.wait(TIMEOUT)?.ok()?.stdout;
     for (what, n) in [
         ("lines read", 4),
         ("of these unparsed", 1),
@@ -274,7 +274,7 @@ fn a_few_entries_are_stored_after_a_second() -> Result<()> {
     assert_eq!(count(index)?, 4);
 
     let query = "level:ERROR AND service:payment";
-    let search = |args: &[&str]| program(&kafka, &store, index, args).spawn()?.wait(MINUTE);
+    let search = |args: &[&str]| program(&kafka, &store, index, args).spawn()?.wait(TIMEOUT);
     let found = search(&["search", query, "--last", "15m"])?.ok()?.stdout;
     assert!(
         found.starts_with(&format!("1 entries for {query} in the last 15m\n")),
@@ -302,7 +302,7 @@ fn a_few_entries_are_stored_after_a_second() -> Result<()> {
     let other = Broker::private(Service::Kafka)?;
     let refused = program(&other, &store, index, &["--entries", "10"])
         .spawn()?
-        .wait(MINUTE)?;
+        .wait(TIMEOUT)?;
     assert_eq!(refused.code(), 1);
     assert!(
         refused.stderr.contains("another Kafka cluster"),
@@ -316,7 +316,7 @@ fn a_few_entries_are_stored_after_a_second() -> Result<()> {
         .broker(&kafka)
         .env("ELASTICSEARCH_URL", "http://user:secret@127.0.0.1:1")
         .spawn()?
-        .wait(MINUTE)?;
+        .wait(TIMEOUT)?;
     assert_eq!(absent.code(), 1);
     assert!(
         absent.stderr.contains("cargo lab up opensearch"),

@@ -6,7 +6,7 @@ use std::io::Write;
 use crate::shared::kafka;
 use anyhow::Result;
 
-use super::{ALONE, MINUTE, await_count, count, find, path, program, store};
+use super::{ALONE, TIMEOUT, await_count, count, find, path, program, store};
 
 #[test]
 fn a_file_is_followed_over_rotation_truncation_and_a_kill() -> Result<()> {
@@ -52,7 +52,7 @@ fn a_file_is_followed_over_rotation_truncation_and_a_kill() -> Result<()> {
     let mut following = follow()?;
     await_count(index, 8)?;
     following.terminate()?;
-    let report = following.wait(MINUTE)?.ok()?.stdout;
+    let report = following.wait(TIMEOUT)?.ok()?.stdout;
     assert!(report.contains(" 0 duplicate / 0 lost"), "{report}");
 
     // What is complete is not ingested again, unless that is asked for.
@@ -61,7 +61,7 @@ fn a_file_is_followed_over_rotation_truncation_and_a_kill() -> Result<()> {
         let args = [&["ingest", path(&file), "--instance", "one"], more].concat();
         program(&kafka, &store()?.address(), index, &args)
             .spawn()?
-            .wait(MINUTE)?
+            .wait(TIMEOUT)?
             .ok()
     };
     let nothing = ingest(&[])?.stdout;
@@ -128,7 +128,7 @@ fn whatever_fields_a_json_line_has_it_is_a_document() -> Result<()> {
         program(&kafka, &store()?.address(), index, args)
             .stdin(lines.join("\n"))
             .spawn()?
-            .wait(MINUTE)?
+            .wait(TIMEOUT)?
             .ok()
     };
     let report = run(&["ingest", "-"])?.stdout;

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use compose::harness::Example;
+use compose::harness::{Example, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -19,8 +19,6 @@ use rdkafka::error::KafkaError;
 use rdkafka::message::{Headers, OwnedMessage};
 use rdkafka::{Message, Offset, TopicPartitionList};
 use serde_json::Value;
-
-const MINUTE: Duration = Duration::from_secs(60);
 
 /// All tests share one store, under indices of their own; who breaks it has it alone.
 static ALONE: RwLock<()> = RwLock::new(());
@@ -63,7 +61,7 @@ fn count(index: &str) -> Result<u64> {
 
 /// Waits until there are that many documents.
 fn await_count(index: &str, documents: u64) -> Result<()> {
-    let deadline = Instant::now() + 2 * MINUTE;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         // Without an index yet there is no answer, or 0.
         let found = count(index);
@@ -102,7 +100,7 @@ fn dead_letters(brokers: &str, topic: &str) -> Result<Vec<OwnedMessage>> {
     reader.assign(&start)?;
     let mut letters = Vec::new();
     loop {
-        match reader.poll(MINUTE) {
+        match reader.poll(TIMEOUT) {
             Some(Ok(letter)) => letters.push(letter.detach()),
             Some(Err(KafkaError::PartitionEOF(_))) => return Ok(letters),
             Some(Err(error)) => return Err(error.into()),

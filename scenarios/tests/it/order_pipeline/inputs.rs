@@ -13,7 +13,7 @@ use rdkafka::message::OwnedMessage;
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
 
-use super::{DEAD_LETTERS, MINUTE, TOPIC, committed, header, program, reported};
+use super::{DEAD_LETTERS, TIMEOUT, TOPIC, committed, header, program, reported};
 use crate::shared;
 
 const LINES: &str = r#"{"order_id":"a1","user_id":"ann","amount":1250,"note":"keep 0.10 as it is","price":0.10}
@@ -37,7 +37,7 @@ fn orders_from_a_file_with_bad_lines() -> Result<()> {
     let run = || {
         program(&state, &kafka.address(), &["--from", &path])
             .spawn()?
-            .wait(MINUTE)?
+            .wait(TIMEOUT)?
             .ok()
     };
     let report = run()?.stdout;
@@ -113,7 +113,7 @@ fn orders_from_standard_input_are_placed_as_they_come() -> Result<()> {
     let order = |n: u32| format!("{{\"order_id\":\"s{n}\",\"user_id\":\"u\",\"amount\":1}}\n");
     let mut place = start()?;
     place.write_stdin(order(1))?;
-    let deadline = Instant::now() + MINUTE;
+    let deadline = Instant::now() + TIMEOUT;
     while placed(&kafka, ours).is_ok_and(|orders| orders == 0) {
         assert!(
             Instant::now() < deadline,
@@ -125,7 +125,7 @@ fn orders_from_standard_input_are_placed_as_they_come() -> Result<()> {
     let mut place = start()?;
     place.write_stdin(order(1) + &order(2) + "x\n")?;
     place.close_stdin();
-    place.wait(MINUTE)?.ok()?;
+    place.wait(TIMEOUT)?.ok()?;
     assert_eq!(placed(&kafka, ours)?, 2);
     assert_eq!(committed(&kafka.address(), DEAD_LETTERS)?.len(), 1);
     Ok(())
@@ -138,7 +138,7 @@ fn garbage_on_the_topic_blocks_nothing() -> Result<()> {
     let run = || {
         program(&state, &kafka.address(), &["--orders", "50"])
             .spawn()?
-            .wait(MINUTE)
+            .wait(TIMEOUT)
     };
     run()?.ok()?;
     let vandal: BaseProducer<DefaultProducerContext> = ClientConfig::new()
@@ -171,7 +171,7 @@ fn garbage_on_the_topic_blocks_nothing() -> Result<()> {
     vandal
         .send(BaseRecord::<str, str>::to(TOPIC))
         .map_err(|(e, _)| e)?;
-    vandal.flush(MINUTE)?;
+    vandal.flush(TIMEOUT)?;
     // The client panics at such a header.
     let order = br#"{"order_id":"h","user_id":"u","amount":1,"status":"paid"}"#;
     let odd: [(&[u8], &[u8]); 1] = [(b"\xff\xfe", b"x")];
@@ -196,7 +196,7 @@ fn garbage_on_the_topic_blocks_nothing() -> Result<()> {
     // The audit reads every run, and knows each dead letter.
     program(&state, &kafka.address(), &["audit"])
         .spawn()?
-        .wait(MINUTE)?
+        .wait(TIMEOUT)?
         .ok()?;
     Ok(())
 }
@@ -209,7 +209,7 @@ fn without_kafka_there_is_one_readable_error() -> Result<()> {
     let parts = [vec![], vec!["inventory"], vec!["place"]]
         .map(|part| program(&state, "127.0.0.1:1", &part).spawn());
     for part in parts {
-        let ended = part?.wait(MINUTE)?;
+        let ended = part?.wait(TIMEOUT)?;
         assert_eq!(ended.code(), 1);
         // It waits a moment for a broker that is starting too, but not as long as the client's own limit.
         let waited = begun.elapsed();
@@ -233,7 +233,7 @@ fn a_named_run_is_placed_once() -> Result<()> {
     for _ in 0..2 {
         let place = program(&state, &kafka.address(), &args)
             .spawn()?
-            .wait(MINUTE)?
+            .wait(TIMEOUT)?
             .ok()?;
         assert!(
             place.stdout.contains("run spring-sale: 700 orders"),
@@ -252,14 +252,14 @@ fn an_interrupted_run_says_what_is_missing_and_goes_on_later() -> Result<()> {
     let state = tempfile::tempdir()?;
     let args = ["--orders", "2000", "--rate", "400"];
     let mut first = program(&state, &kafka.address(), &args).spawn()?;
-    first.wait_for("final", MINUTE)?;
+    first.wait_for("final", TIMEOUT)?;
     first.interrupt()?;
-    let first = first.wait(MINUTE)?;
+    let first = first.wait(TIMEOUT)?;
     assert_eq!(first.code(), 1);
     assert!(first.stdout.contains("are not final"), "{}", first.stdout);
     let second = program(&state, &kafka.address(), &args)
         .spawn()?
-        .wait(MINUTE)?
+        .wait(TIMEOUT)?
         .ok()?;
     assert_eq!(
         reported(&second.stdout, "orders in"),
@@ -276,7 +276,7 @@ fn runs_on_the_mock_cluster() -> Result<()> {
     let mock = MockCluster::new(1)?;
     let state = tempfile::tempdir()?;
     let run = program(&state, &mock.bootstrap_servers(), &["--orders", "300"]);
-    let report = run.spawn()?.wait(MINUTE)?.ok()?.stdout;
+    let report = run.spawn()?.wait(TIMEOUT)?.ok()?.stdout;
     assert_eq!(reported(&report, "orders in"), Some(300), "{report}");
     Ok(())
 }

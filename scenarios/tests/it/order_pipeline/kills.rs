@@ -12,7 +12,7 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::{Offset, TopicPartitionList};
 
 use super::checker::{Event, check};
-use super::{DEAD_LETTERS, MINUTE, TOPIC, books, books_file, committed, program, reported};
+use super::{DEAD_LETTERS, TIMEOUT, TOPIC, books, books_file, committed, program, reported};
 use compose::harness::chance;
 
 const ORDERS: usize = 6000;
@@ -102,7 +102,7 @@ fn survives_kills_of_every_part_and_of_kafka() -> Result<()> {
         eprintln!("kill {kill}: {part} ({:?})", begun.elapsed());
     }
 
-    let placed = pipeline.part("place")?.wait(2 * MINUTE)?.ok()?;
+    let placed = pipeline.part("place")?.wait(TIMEOUT)?.ok()?;
     assert!(
         placed.stdout.contains(&format!("{ORDERS} orders placed")),
         "{}",
@@ -110,11 +110,11 @@ fn survives_kills_of_every_part_and_of_kafka() -> Result<()> {
     );
     let audit = program(&state, &pipeline.brokers, &["audit"])
         .spawn()?
-        .wait(2 * MINUTE)?;
+        .wait(TIMEOUT)?;
     eprintln!("{kills:?}\n{}", audit.stdout);
     for part in STAGES {
         pipeline.part(part)?.terminate()?;
-        pipeline.part(part)?.wait(MINUTE)?.ok()?;
+        pipeline.part(part)?.wait(TIMEOUT)?.ok()?;
     }
 
     let records = committed(&pipeline.brokers, TOPIC)?;
@@ -193,7 +193,7 @@ fn freeze_outside_of_a_write(
         books.busy_timeout(Duration::ZERO)?;
         match books.execute_batch("BEGIN IMMEDIATE; ROLLBACK") {
             Ok(()) => return Ok(()),
-            Err(error) => ensure!(begun.elapsed() < MINUTE, "always locked: {error}"),
+            Err(error) => ensure!(begun.elapsed() < TIMEOUT, "always locked: {error}"),
         }
         process.resume()?;
         thread::sleep(Duration::from_millis(5));
@@ -212,7 +212,7 @@ fn await_effect(state: &tempfile::TempDir, stage: &str) {
 fn await_effects(state: &tempfile::TempDir, stage: &str, more: i64) -> Result<()> {
     let (before, begun) = (effects(state, stage), Instant::now());
     while effects(state, stage) < before + more {
-        ensure!(begun.elapsed() < MINUTE, "{stage} does nothing");
+        ensure!(begun.elapsed() < TIMEOUT, "{stage} does nothing");
         thread::sleep(Duration::from_millis(5));
     }
     Ok(())
@@ -238,8 +238,8 @@ fn a_frozen_stage_that_was_replaced_gives_up() -> Result<()> {
     // Not at the end: one that finds nothing to do would not notice, and do no harm.
     await_effects(&state, "payment", 100)?;
     frozen.resume()?;
-    let frozen = frozen.wait(MINUTE)?;
-    pipeline.part("place")?.wait(2 * MINUTE)?.ok()?;
+    let frozen = frozen.wait(TIMEOUT)?;
+    pipeline.part("place")?.wait(TIMEOUT)?.ok()?;
     assert_eq!(frozen.code(), 1, "{}", frozen.stderr);
     assert!(
         frozen.stderr.contains("another process has taken over"),
@@ -248,7 +248,7 @@ fn a_frozen_stage_that_was_replaced_gives_up() -> Result<()> {
     );
     program(&state, &pipeline.brokers, &["audit"])
         .spawn()?
-        .wait(2 * MINUTE)?
+        .wait(TIMEOUT)?
         .ok()?;
     let records = committed(&pipeline.brokers, TOPIC)?;
     let events = records
@@ -279,16 +279,16 @@ fn partitions_move_between_instances() -> Result<()> {
         .running
         .get_mut("payment again")
         .context("it")?
-        .wait_for("working", MINUTE)?;
+        .wait_for("working", TIMEOUT)?;
     await_effects(&state, "payment", 500)?;
     pipeline.part("payment")?.kill()?;
-    pipeline.part("place")?.wait(2 * MINUTE)?.ok()?;
+    pipeline.part("place")?.wait(TIMEOUT)?.ok()?;
     program(&state, &pipeline.brokers, &["audit"])
         .spawn()?
-        .wait(2 * MINUTE)?
+        .wait(TIMEOUT)?
         .ok()?;
     pipeline.part("payment again")?.terminate()?;
-    let ended = pipeline.part("payment again")?.wait(MINUTE)?.ok()?;
+    let ended = pipeline.part("payment again")?.wait(TIMEOUT)?.ok()?;
     assert!(
         !ended.stdout.contains("payment: 0 events"),
         "it never had work: {}",
@@ -311,7 +311,7 @@ fn positions_that_go_back_repeat_nothing() -> Result<()> {
     let run = || {
         program(&state, &kafka.address(), &["--orders", "300"])
             .spawn()?
-            .wait(MINUTE)?
+            .wait(TIMEOUT)?
             .ok()
     };
     run()?;
@@ -321,12 +321,12 @@ fn positions_that_go_back_repeat_nothing() -> Result<()> {
             .set("group.id", format!("order-pipeline-{stage}"))
             .create()?;
         let mut start = TopicPartitionList::new();
-        let metadata = consumer.fetch_metadata(Some(TOPIC), MINUTE)?;
+        let metadata = consumer.fetch_metadata(Some(TOPIC), TIMEOUT)?;
         for partition in metadata.topics()[0].partitions() {
             start.add_partition_offset(TOPIC, partition.id(), Offset::Offset(0))?;
         }
         // Refused as long as the group waits for its member to come back.
-        let deadline = Instant::now() + MINUTE;
+        let deadline = Instant::now() + TIMEOUT;
         while let Err(error) = consumer.commit(&start, CommitMode::Sync) {
             ensure!(Instant::now() < deadline, "{error}");
             thread::sleep(Duration::from_millis(200));

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use compose::harness::Example;
+use compose::harness::{Example, TIMEOUT};
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
@@ -17,7 +17,6 @@ use rdkafka::{Message, Offset, TopicPartitionList};
 use rusqlite::{Connection, OpenFlags};
 use tempfile::TempDir;
 
-const MINUTE: Duration = Duration::from_secs(60);
 /// The pipeline's own: the `orders` of the Kafka lessons are not its business.
 const TOPIC: &str = "order-pipeline.orders";
 const DEAD_LETTERS: &str = "order-pipeline.orders.dlq";
@@ -52,7 +51,7 @@ fn committed(brokers: &str, topic: &str) -> Result<Vec<OwnedMessage>> {
         .set("enable.auto.commit", "false")
         .set("enable.partition.eof", "true")
         .create()?;
-    let metadata = reader.fetch_metadata(Some(topic), MINUTE)?;
+    let metadata = reader.fetch_metadata(Some(topic), TIMEOUT)?;
     let mut all = TopicPartitionList::new();
     for partition in metadata.topics()[0].partitions() {
         all.add_partition_offset(topic, partition.id(), Offset::Beginning)?;
@@ -61,9 +60,9 @@ fn committed(brokers: &str, topic: &str) -> Result<Vec<OwnedMessage>> {
         .set("bootstrap.servers", brokers)
         .set("isolation.level", "read_uncommitted")
         .create()?;
-    let deadline = Instant::now() + MINUTE;
+    let deadline = Instant::now() + TIMEOUT;
     for partition in all.elements() {
-        let end = |of: &BaseConsumer| of.fetch_watermarks(topic, partition.partition(), MINUTE);
+        let end = |of: &BaseConsumer| of.fetch_watermarks(topic, partition.partition(), TIMEOUT);
         while end(&reader)? != end(&any)? {
             ensure!(
                 Instant::now() < deadline,
@@ -76,7 +75,7 @@ fn committed(brokers: &str, topic: &str) -> Result<Vec<OwnedMessage>> {
     reader.assign(&all)?;
     let mut records = Vec::new();
     while open > 0 {
-        match reader.poll(MINUTE) {
+        match reader.poll(TIMEOUT) {
             Some(Ok(record)) => records.push(record.detach()),
             Some(Err(KafkaError::PartitionEOF(_))) => open -= 1,
             Some(Err(error)) => return Err(error.into()),
