@@ -13,6 +13,7 @@
 //! topic orders partition [..] offset 0 key order-123: {"order_id":"order-123",[..]}
 //! processed: order-123 of user-1, 4999 cents
 //! committed: partition [..] up to 1
+//! ...
 //! 2$ cargo lab run kafka_consumer_group
 //! assigned: [[..]]
 //! 1:
