@@ -477,9 +477,13 @@ fn a_second_ctrl_c_ends_a_slow_stop() {
             real.display()
         ),
     );
+    let (output, writer) = std::io::pipe().unwrap();
     let mut command = lab.command(&["up", "nats"]);
-    let mut running = Running::start(command.env("PATH", stubborn.path()));
-    lab.await_entry("nats");
+    command.env("PATH", stubborn.path()).stdout(writer);
+    let mut running = Running::start(&mut command);
+    // From that line on it is a stop, and before it the end of a start.
+    let mut lines = BufReader::new(output).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.starts_with("Ctrl-C stops")));
     let pid = stubborn.await_pid();
     running.interrupt();
     running.await_line("stopping nats…");
@@ -702,10 +706,14 @@ fn a_reader_that_has_left_is_no_error() {
     let mut command = lab.command(&["kill", "nats.2"]);
     let status = command.stdout(closed()).stderr(closed()).status().unwrap();
     assert_eq!(status.code(), Some(1));
+    // Of this only the loop takes note that also waits for Ctrl-C, and it has something to say then.
+    kill(Pid::from_raw(node_pid(&entry)), Signal::SIGKILL).unwrap();
+    eventually("the end of the broker is noticed", || {
+        lab.ok(&["status"]).contains("node 1: ended")
+    });
     running.interrupt();
     let said = running.ends_with(0);
     assert!(said.contains("stopping nats…"), "{said}");
-    assert!(!lives(node_pid(&entry)));
 }
 
 #[test]

@@ -283,7 +283,7 @@ impl Owner {
                 return Ok(());
             }
             Verb::Pause => {
-                example.process.signal(Signal::SIGSTOP)?;
+                example.process.pause()?;
                 PAUSED
             }
             Verb::Resume => {
