@@ -30,8 +30,8 @@
 //! Try: `cargo lab kill kafka_idempotent_consumer` at any moment while it works through 5000 payments, start it again:
 //! the sum is right. Set IDS_KEPT=2 and send 3 twice: forgotten ids are paid again.
 //!
-//! Settings: KAFKA_BROKERS (localhost:9092); PAYMENTS_DB (payments.sqlite in the current folder); IDS_KEPT (100000); the
-//! arguments `send N` send payments 1 to N. See also: kafka_manual_commit, order_pipeline.
+//! Settings: KAFKA_BROKERS (localhost:9092); PAYMENTS_DB (kafka-payments.sqlite in the current folder); IDS_KEPT
+//! (100000); the arguments `send N` send payments 1 to N. See also: kafka_manual_commit, order_pipeline.
 
 use std::pin::pin;
 use std::sync::mpsc;
@@ -126,7 +126,7 @@ async fn send(brokers: &str, count: u32) -> anyhow::Result<()> {
 }
 
 async fn consume(brokers: &str) -> anyhow::Result<()> {
-    let path = std::env::var("PAYMENTS_DB").unwrap_or_else(|_| "payments.sqlite".into());
+    let path = std::env::var("PAYMENTS_DB").unwrap_or_else(|_| "kafka-payments.sqlite".into());
     let kept = match std::env::var("IDS_KEPT") {
         Ok(kept) => kept.parse().context("IDS_KEPT is a number of ids")?,
         Err(_) => 100_000_i64,

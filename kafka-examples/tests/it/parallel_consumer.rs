@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use compose::Broker;
 use compose::harness::{Example, Running, TIMEOUT};
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -56,6 +56,13 @@ fn done(member: &mut Running) -> Result<Done> {
     Ok(all)
 }
 
+/// All but the orders: what the group did to a member, and what went wrong.
+fn said(member: &mut Running) -> Vec<String> {
+    let mut lines = member.lines();
+    lines.retain(|line| !line.starts_with("done: "));
+    lines
+}
+
 fn distinct<'a>(all: impl IntoIterator<Item = &'a Done>) -> usize {
     let places = all
         .into_iter()
@@ -76,44 +83,39 @@ fn check_order(done: &Done) {
     }
 }
 
-/// What a member says of the group, and of what went wrong: all but the orders.
-fn said(member: &mut Running) -> Vec<String> {
-    let mut lines = member.lines();
-    lines.retain(|line| !line.starts_with("done: "));
-    lines
-}
-
-/// Tries again while a member says of itself that it was too slow for the group or got no answer in time: what it then
-/// repeats is no fault. What is repeated in silence is one, and so is a handover that is never clean.
-fn with_a_clean_handover(attempt: impl Fn() -> Result<Vec<String>>) -> Result<()> {
+/// On a machine that is busy enough, a member is too slow for the group or a commit for its limit. The member says that
+/// work may be repeated, and there was no clean handover to judge: then once more, on another Kafka. What is repeated in
+/// silence is a failure at once.
+fn until_clean(scenario: impl Fn(&Broker) -> Result<bool>) -> Result<()> {
     const ATTEMPTS: usize = 5;
-    for number in 1..=ATTEMPTS {
-        let said = attempt()?;
-        if is_clean(&said) {
+    for _ in 0..ATTEMPTS {
+        let kafka = shared::kafka(&["kafka_parallel_consumer"])?;
+        if scenario(&kafka)? {
             return Ok(());
         }
-        println!("attempt {number}: {said:#?}");
     }
-    bail!("no handover in {ATTEMPTS} was clean")
+    bail!("no clean handover in {ATTEMPTS} attempts")
 }
 
-/// Whether a member says of itself that work may be repeated.
-fn is_clean(said: &[String]) -> bool {
-    let unclean = |line: &String| line.contains("be repeated") || line.contains("lost [");
-    !said.iter().any(unclean)
+fn is_clean(said: &[Vec<String>]) -> bool {
+    let not = said
+        .iter()
+        .flatten()
+        .find(|line| line.contains(" be repeated"));
+    not.inspect(|line| println!("not a clean handover: {line}"))
+        .is_none()
 }
 
 #[test]
 fn sigkill_and_rebalance_lose_nothing_and_keep_the_order_of_each_key() -> Result<()> {
-    with_a_clean_handover(sigkill_and_rebalance)
+    until_clean(sigkill_and_rebalance)
 }
 
-fn sigkill_and_rebalance() -> Result<Vec<String>> {
-    let kafka = shared::kafka(&["kafka_parallel_consumer"])?;
-    example(&kafka, &["send", &ORDERS.to_string()])?
+fn sigkill_and_rebalance(kafka: &Broker) -> Result<bool> {
+    example(kafka, &["send", &ORDERS.to_string()])?
         .wait(TIMEOUT)?
         .ok()?;
-    let mut first = example(&kafka, &[])?;
+    let mut first = example(kafka, &[])?;
     // Behind at least one of the commits that come every second.
     for _ in 0..700 {
         first.wait_for("done: ", TIMEOUT)?;
@@ -121,7 +123,7 @@ fn sigkill_and_rebalance() -> Result<Vec<String>> {
     first.kill()?;
     first.wait(TIMEOUT)?;
     let killed = done(&mut first)?;
-    let positions = committed(&kafka)?;
+    let positions = committed(kafka)?;
     assert!(positions.iter().sum::<i64>() > 0, "nothing was committed");
     for (partition, next) in positions.into_iter().enumerate() {
         let of: BTreeSet<i64> = killed
@@ -147,9 +149,9 @@ fn sigkill_and_rebalance() -> Result<Vec<String>> {
         "no order overtook another, so a gap was impossible"
     );
 
-    let mut second = example(&kafka, &[])?;
+    let mut second = example(kafka, &[])?;
     second.wait_for("done: ", TIMEOUT)?;
-    let mut third = example(&kafka, &[])?;
+    let mut third = example(kafka, &[])?;
     third.wait_for("assigned: ", TIMEOUT)?;
     let deadline = Instant::now() + TIMEOUT;
     loop {
@@ -168,9 +170,9 @@ fn sigkill_and_rebalance() -> Result<Vec<String>> {
         member.interrupt()?;
         member.wait(TIMEOUT)?.ok()?;
     }
-    let said = [said(&mut second), said(&mut third)].concat();
+    let said = [said(&mut second), said(&mut third)];
     if !is_clean(&said) {
-        return Ok(said);
+        return Ok(false);
     }
     let (second, third) = (done(&mut second)?, done(&mut third)?);
     for one in [&killed, &second, &third] {
@@ -189,10 +191,10 @@ fn sigkill_and_rebalance() -> Result<Vec<String>> {
         "from the commits on, and no more"
     );
     assert_eq!(
-        committed(&kafka)?.iter().sum::<i64>(),
+        committed(kafka)?.iter().sum::<i64>(),
         i64::try_from(ORDERS)?
     );
-    Ok(said)
+    Ok(true)
 }
 
 /// Sends until it is stopped. A quarter is of two busy users: their lanes are full, and orders of the others overtake
@@ -229,26 +231,26 @@ fn feed(kafka: &Broker, stop: &AtomicBool) -> Result<usize> {
 
 #[test]
 fn a_rebalance_repeats_no_order_that_has_overtaken_others() -> Result<()> {
-    with_a_clean_handover(rebalance_while_orders_overtake)
+    until_clean(rebalance_amid_full_lanes)
 }
 
-fn rebalance_while_orders_overtake() -> Result<Vec<String>> {
-    let kafka = shared::kafka(&["kafka_parallel_consumer"])?;
-    let mut first = example(&kafka, &[])?;
+fn rebalance_amid_full_lanes(kafka: &Broker) -> Result<bool> {
+    let mut first = example(kafka, &[])?;
     first.wait_for("assigned: [0, 1]", TIMEOUT)?;
     let stop = AtomicBool::new(false);
     let (mut second, sent) = std::thread::scope(|scope| {
-        let feeder = scope.spawn(|| feed(&kafka, &stop));
+        let feeder = scope.spawn(|| feed(kafka, &stop));
         let second = (|| {
             for _ in 0..200 {
                 first.wait_for("done: ", TIMEOUT)?;
             }
-            let mut second = example(&kafka, &[])?;
+            let mut second = example(kafka, &[])?;
             second.wait_for("done: ", TIMEOUT)?;
             anyhow::Ok(second)
         })();
         stop.store(true, Ordering::Relaxed);
-        let sent = feeder.join().expect("the feeder panicked")?;
+        let sent = feeder.join();
+        let sent = sent.map_err(|_| anyhow!("the feeder panicked"))??;
         anyhow::Ok((second?, sent))
     })?;
     let deadline = Instant::now() + TIMEOUT;
@@ -265,11 +267,11 @@ fn rebalance_while_orders_overtake() -> Result<Vec<String>> {
         member.wait(TIMEOUT)?.ok()?;
     }
 
-    let handed_over = |line: &String| line.starts_with("handing over [") && !line.contains(',');
-    let said = [said(&mut first), said(&mut second)].concat();
+    let said = [said(&mut first), said(&mut second)];
     if !is_clean(&said) {
-        return Ok(said);
+        return Ok(false);
     }
+    let handed_over = |line: &String| line.starts_with("handing over [") && !line.contains(',');
     let lines = first.lines();
     let handover = lines.iter().position(handed_over).context("no handover")?;
     let moved = usize::from(lines[handover].starts_with("handing over [1]"));
@@ -288,13 +290,13 @@ fn rebalance_while_orders_overtake() -> Result<Vec<String>> {
             .count()
             > 8
     };
-    let last = before.len().saturating_sub(16)..before.len();
-    assert!(
-        last.clone().any(|at| overtaken(&at)),
-        "no queue held up others, so nothing could be repeated: {before:?}"
-    );
+    let mut last = before.len().saturating_sub(16)..before.len();
     check_order(&first.iter().chain(&second).cloned().collect());
-    Ok(said)
+    let proves = last.any(|at| overtaken(&at));
+    if !proves {
+        println!("no queue held up others, so nothing could be repeated: {before:?}");
+    }
+    Ok(proves)
 }
 
 #[tokio::test]

@@ -30,8 +30,8 @@
 //! Try: `cargo lab kill jetstream_idempotent_consumer` at any moment while it works through 5000 payments, start it
 //! again: the sum is right. Set IDS_KEPT=2 and send 3 twice: forgotten ids are paid again.
 //!
-//! Settings: NATS_URL (nats://localhost:4222); PAYMENTS_DB (payments.sqlite in the current folder); IDS_KEPT (100000);
-//! the arguments `send N` send payments 1 to N. See also: jetstream_consumer, jetstream_dedup.
+//! Settings: NATS_URL (nats://localhost:4222); PAYMENTS_DB (jetstream-payments.sqlite in the current folder);
+//! IDS_KEPT (100000); the arguments `send N` send payments 1 to N. See also: jetstream_consumer, jetstream_dedup.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -125,7 +125,7 @@ async fn send(jetstream: &Context, count: u32) -> anyhow::Result<()> {
 }
 
 async fn consume(jetstream: &Context, consumer: &PullConsumer) -> anyhow::Result<()> {
-    let path = std::env::var("PAYMENTS_DB").unwrap_or_else(|_| "payments.sqlite".into());
+    let path = std::env::var("PAYMENTS_DB").unwrap_or_else(|_| "jetstream-payments.sqlite".into());
     let kept = std::env::var("IDS_KEPT").unwrap_or_else(|_| "100000".into());
     let kept = kept
         .parse::<i64>()

@@ -32,8 +32,8 @@ pub fn shared() -> Result<&'static Broker> {
 pub async fn own(
     name: &'static str,
 ) -> Result<(&'static Broker, tokio::sync::OwnedMutexGuard<()>)> {
-    static TURNS: LazyLock<Mutex<BTreeMap<&str, Arc<tokio::sync::Mutex<()>>>>> =
-        LazyLock::new(Mutex::default);
+    type Turns = BTreeMap<&'static str, Arc<tokio::sync::Mutex<()>>>;
+    static TURNS: LazyLock<Mutex<Turns>> = LazyLock::new(Mutex::default);
     let turn = {
         let mut turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
         turns.entry(name).or_default().clone()
