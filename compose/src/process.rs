@@ -151,7 +151,9 @@ impl Supervised {
     /// # Errors
     /// The system refuses, or a thread still runs after a minute.
     pub fn pause(&self) -> Result<()> {
-        self.signal_all(Signal::SIGSTOP, |state| matches!(state, 'T' | 't'))
+        // A thread that waits inside the kernel (D) stops before it runs any code of its own again. It may stay there: a
+        // shell that has just forked waits for its child, which is stopped before it could begin.
+        self.signal_all(Signal::SIGSTOP, |state| matches!(state, 'T' | 't' | 'D'))
     }
 
     /// Sends the signal until every thread is in a state that `holds`, or has ended.

@@ -508,6 +508,21 @@ fn signals_reach_the_program() {
     );
 }
 
+/// A shell that has just forked cannot stop before its child runs, and the child is stopped as well.
+#[test]
+fn a_program_that_is_just_starting_another_can_be_paused() {
+    let script = "trap 'exit 0' TERM; echo ready; while :; do /bin/true; done";
+    let scripts = Scripts::new(&[("a", script)]);
+    let mut running = scripts.example("a").spawn().unwrap();
+    running.wait_for("ready", LIMIT).unwrap();
+    for _ in 0..200 {
+        running.pause().unwrap();
+        running.resume().unwrap();
+    }
+    running.terminate().unwrap();
+    running.wait(LIMIT).unwrap().ok().unwrap();
+}
+
 #[test]
 fn a_request_to_end_waits_until_the_program_listens() {
     // Not SIGINT, for which the shell itself has a handler.
