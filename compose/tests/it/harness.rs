@@ -515,7 +515,9 @@ fn a_program_that_is_just_starting_another_can_be_paused() {
     let scripts = Scripts::new(&[("a", script)]);
     let mut running = scripts.example("a").spawn().unwrap();
     running.wait_for("ready", LIMIT).unwrap();
-    for _ in 0..200 {
+    // At ever other moments of its life: a child takes about a millisecond.
+    for moment in 0..300 {
+        std::thread::sleep(Duration::from_micros(moment * 37 % 2000));
         running.pause().unwrap();
         running.resume().unwrap();
     }
