@@ -650,6 +650,18 @@ macro_rules! call {
     };
 }
 
+/// The names of all these programs, also of those that only give another something to print: what a [`Pool`] must know,
+/// so that no other test runs them on the same broker.
+pub fn names<'a>(programs: &[(Call<'a>, Option<Call<'a>>)]) -> Vec<&'a str> {
+    let calls = programs
+        .iter()
+        .flat_map(|(call, feeder)| [Some(call), feeder.as_ref()]);
+    let paths = calls.flatten().map(|(path, _)| *path);
+    paths
+        .map(|path| path.rsplit('/').next().unwrap_or(path))
+        .collect()
+}
+
 /// Starts each program as `program | head -1`, and requires that it ends with its next line. The second call gives it
 /// something to print; a program without one prints by itself. `prepare` adds the brokers and other settings.
 ///

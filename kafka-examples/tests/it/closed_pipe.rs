@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use compose::call;
-use compose::harness::{Call, closed_pipe};
+use compose::harness::{Call, closed_pipe, names};
 
 use crate::shared;
 
@@ -59,8 +59,7 @@ const CONSUMERS: [(Call<'_>, Option<Call<'_>>); 14] = [
 
 #[test]
 fn every_consumer_ends_when_nobody_reads_what_it_prints() -> Result<()> {
-    let name = |consumer: &'static str| consumer.rsplit('/').next().unwrap_or_default();
-    let kafka = shared::kafka(&CONSUMERS.map(|((consumer, _), _)| name(consumer)))?;
+    let kafka = shared::kafka(&names(&CONSUMERS))?;
     let folder = tempfile::tempdir()?;
     closed_pipe(&CONSUMERS, |example| {
         let example = example.current_dir(folder.path()).broker(&kafka);

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use compose::call;
-use compose::harness::{Call, closed_pipe};
+use compose::harness::{Call, closed_pipe, names};
 
 use crate::support::pooled;
 
@@ -82,8 +82,7 @@ const PROGRAMS: [(Call<'_>, Option<Call<'_>>); 19] = [
 
 #[test]
 fn every_program_ends_when_nobody_reads_what_it_prints() -> Result<()> {
-    let name = |program: &'static str| program.rsplit('/').next().unwrap_or_default();
-    let broker = pooled(&PROGRAMS.map(|((program, _), _)| name(program)))?;
+    let broker = pooled(&names(&PROGRAMS))?;
     let folder = tempfile::tempdir()?;
     closed_pipe(&PROGRAMS, |example| {
         let example = example.current_dir(folder.path()).broker(&broker);
