@@ -103,7 +103,9 @@ fn go_install(work: &mut Work, go: &Path, module: &str) -> Result<()> {
     fs::create_dir_all(&scratch).with_context(|| format!("cannot create {}", scratch.display()))?;
     let mut command = Command::new(go);
     command
-        .args(["install", "-v", "-trimpath", module])
+        // Without what only a debugger reads, which takes a tenth of the time and a third of the size.
+        .args(["install", "-v", "-trimpath", "-ldflags=-s -w"])
+        .args(["-gcflags=all=-dwarf=false", module])
         .current_dir(&work.partial)
         .env("GOBIN", &work.new)
         .env("GOPATH", work.partial.join("go"))

@@ -768,10 +768,7 @@ pub fn transcripts_with<B: Borrow<Broker>>(
 }
 
 /// A new broker for each service that the example needs.
-///
-/// # Errors
-/// A service is not known, or does not start.
-pub fn private_brokers(example: &ExampleInfo) -> Result<Vec<Broker>> {
+fn private_brokers(example: &ExampleInfo) -> Result<Vec<Broker>> {
     let broker = |name: &String| Broker::private_cluster(name.parse::<Service>()?, example.nodes);
     example.services.iter().map(broker).collect()
 }
@@ -803,7 +800,7 @@ impl<B: Borrow<Broker>> Surroundings for Vec<B> {
 }
 
 /// How many transcripts run side by side. Most of their time is a broker's start, and waiting for what they show.
-const AT_ONCE: usize = 2;
+const AT_ONCE: usize = 4;
 
 struct Suite<'a> {
     root: &'a Path,

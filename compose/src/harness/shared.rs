@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::{Result, anyhow};
 
+use super::transcript::Transcript;
+use crate::workspace::ExampleInfo;
 use crate::{Broker, Service};
 
 /// Running brokers of a service, for tests that leave the broker alone. Each is started when none of the others will do.
@@ -13,6 +15,7 @@ use crate::{Broker, Service};
 #[derive(Debug)]
 pub struct Pool {
     service: Service,
+    owner: fn(&str) -> &str,
     brokers: Mutex<Vec<Lent>>,
 }
 
@@ -27,8 +30,40 @@ impl Pool {
     pub const fn new(service: Service) -> Pool {
         Pool {
             service,
+            owner: |name| name,
             brokers: Mutex::new(Vec::new()),
         }
+    }
+
+    /// Takes every name for its owner's, where several programs use the same topics: `owner` gives one name for all of them.
+    #[must_use]
+    pub const fn owned_by(mut self, owner: fn(&str) -> &str) -> Pool {
+        self.owner = owner;
+        self
+    }
+
+    /// The brokers for the transcripts in the header of an example: one that is shared, as long as no program of theirs has
+    /// run on it. Private are those of other services, clusters, and those that are broken or looked at as a whole: the
+    /// transcript says `cargo lab kill` or the like, or the example is one of those that have to be `alone`.
+    ///
+    /// # Errors
+    /// The header is wrong, or a broker does not start.
+    pub fn for_transcript(
+        &self,
+        example: &ExampleInfo,
+        alone: &[&str],
+    ) -> Result<Vec<Arc<Broker>>> {
+        let transcripts = Transcript::parse(&example.header, example.header_line)?;
+        let is_shared = example.nodes == 1
+            && !alone.contains(&example.name.as_str())
+            && !transcripts.iter().any(Transcript::breaks_a_broker);
+        let programs: BTreeSet<&str> = transcripts.iter().flat_map(Transcript::programs).collect();
+        let programs: Vec<&str> = programs.into_iter().collect();
+        let broker = |name: &String| match name.parse::<Service>()? {
+            service if is_shared && service == self.service => self.lend(&programs),
+            service => Ok(Arc::new(Broker::private_cluster(service, example.nodes)?)),
+        };
+        example.services.iter().map(broker).collect()
     }
 
     /// A broker that was never lent to somebody with one of these names, and never will be again. What they name, topics
@@ -37,6 +72,7 @@ impl Pool {
     /// # Errors
     /// The broker does not start.
     pub fn lend(&self, names: &[&str]) -> Result<Arc<Broker>> {
+        let names: Vec<&str> = names.iter().map(|name| (self.owner)(name)).collect();
         let broker = {
             let mut brokers = self.brokers.lock().unwrap_or_else(PoisonError::into_inner);
             let is_free = |lent: &Lent| names.iter().all(|name| !lent.names.contains(*name));

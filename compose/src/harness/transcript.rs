@@ -231,6 +231,12 @@ impl Transcript {
         })
     }
 
+    /// Whether it has a `cargo lab kill` or the like.
+    pub(crate) fn breaks_a_broker(&self) -> bool {
+        let mut actions = self.steps.iter().map(|step| &step.action);
+        actions.any(|action| matches!(action, Action::Start(Command::Fault { .. })))
+    }
+
     /// Does what the transcript says and compares what appears. Whatever happens, no program is left running.
     ///
     /// # Errors

@@ -1,23 +1,20 @@
 //! Kafkas for the tests that leave the broker alone.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use anyhow::Result;
 use compose::harness::Pool;
-use compose::harness::transcript::Transcript;
 use compose::workspace::ExampleInfo;
 use compose::{Broker, Service};
 
-static KAFKAS: Pool = Pool::new(Service::Kafka);
+static KAFKAS: Pool = Pool::new(Service::Kafka).owned_by(owner);
 
 /// A Kafka on which none of these examples has run, and on which no other test will run them: their topics and groups
 /// have fixed names, so two tests of one example need two Kafkas.
 ///
 /// A test that breaks the broker, or counts all of its topics, has a private one.
 pub fn kafka(examples: &[&str]) -> Result<Arc<Broker>> {
-    let names: Vec<&str> = examples.iter().map(|example| owner(example)).collect();
-    KAFKAS.lend(&names)
+    KAFKAS.lend(examples)
 }
 
 /// Of examples that share a topic, the one that creates it.
@@ -39,14 +36,5 @@ pub fn for_transcript(example: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
         "kafka_reconnect",
         "kafka_replay",
     ];
-    if example.services.is_empty() {
-        return Ok(Vec::new());
-    }
-    if ALONE.contains(&example.name.as_str()) {
-        return Ok(vec![Arc::new(Broker::private(Service::Kafka)?)]);
-    }
-    let transcripts = Transcript::parse(&example.header, example.header_line)?;
-    let programs: BTreeSet<&str> = transcripts.iter().flat_map(Transcript::programs).collect();
-    let programs: Vec<&str> = programs.into_iter().collect();
-    Ok(vec![kafka(&programs)?])
+    KAFKAS.for_transcript(example, &ALONE)
 }

@@ -1,12 +1,11 @@
 //! What the tests share: one broker for all that do not break it, a client, and the broker's own view.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use compose::harness::transcript::Transcript;
-use compose::harness::{Example, Pool, Running, private_brokers};
+use compose::harness::{Example, Pool, Running};
 use compose::workspace::ExampleInfo;
 use compose::{Broker, Service};
 use futures::StreamExt;
@@ -53,26 +52,16 @@ pub async fn own(
     Ok((broker, turn))
 }
 
-/// The brokers for a transcript in the header of an example. Those that leave the broker alone share one, as long as no
-/// program of theirs has run on it.
+static POOL: Pool = Pool::new(Service::Pulsar);
+
+/// For the transcript in the header of an example.
 pub fn for_transcript(example: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
-    let breaks = ["kill", "restart", "pause", "resume"]
-        .iter()
-        .any(|fault| example.header.contains(&format!("cargo lab {fault} ")));
-    // The monitor shows all topics that there are.
-    if breaks || example.nodes > 1 || example.name == "pulsar_backlog_monitor" {
-        let private = private_brokers(example)?;
-        return Ok(private.into_iter().map(Arc::new).collect());
-    }
-    let transcripts = Transcript::parse(&example.header, example.header_line)?;
-    let programs: BTreeSet<&str> = transcripts.iter().flat_map(Transcript::programs).collect();
-    let programs: Vec<&str> = programs.into_iter().collect();
-    Ok(vec![pooled(&programs)?])
+    // It shows all topics that there are.
+    POOL.for_transcript(example, &["pulsar_backlog_monitor"])
 }
 
 /// A broker on which none of these programs has run, nor will.
 pub fn pooled(programs: &[&str]) -> Result<Arc<Broker>> {
-    static POOL: Pool = Pool::new(Service::Pulsar);
     POOL.lend(programs)
 }
 

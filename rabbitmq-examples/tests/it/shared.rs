@@ -6,8 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use compose::harness::transcript::Transcript;
-use compose::harness::{Example, Finished, Pool, Running, private_brokers};
+use compose::harness::{Example, Finished, Pool, Running};
 use compose::workspace::ExampleInfo;
 use compose::{Broker, Service};
 use futures::StreamExt;
@@ -29,21 +28,10 @@ pub struct Place {
     pub channel: Channel,
 }
 
-/// The brokers for a transcript in the header of an example. Those that leave the broker alone share one, as long as no
-/// program of theirs has run on it.
+/// For the transcript in the header of an example.
 pub fn for_transcript(example: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
     static POOL: Pool = Pool::new(Service::RabbitMq);
-    let breaks = ["kill", "restart", "pause", "resume"]
-        .iter()
-        .any(|fault| example.header.contains(&format!("cargo lab {fault} ")));
-    if breaks || example.nodes > 1 {
-        let private = private_brokers(example)?;
-        return Ok(private.into_iter().map(Arc::new).collect());
-    }
-    let transcripts = Transcript::parse(&example.header, example.header_line)?;
-    let programs: BTreeSet<&str> = transcripts.iter().flat_map(Transcript::programs).collect();
-    let programs: Vec<&str> = programs.into_iter().collect();
-    Ok(vec![POOL.lend(&programs)?])
+    POOL.for_transcript(example, &[])
 }
 
 /// The supervisor ends it with this process: nothing is dropped in a static.

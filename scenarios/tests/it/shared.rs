@@ -16,9 +16,5 @@ pub fn kafka(names: &[&str]) -> Result<Arc<Broker>> {
 
 /// For the transcript in the header of a scenario. Kafka is the one that several of them need.
 pub fn for_transcript(scenario: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
-    let broker = |service: &String| match service.parse()? {
-        Service::Kafka => kafka(&[&scenario.name]),
-        service => Ok(Arc::new(Broker::private(service)?)),
-    };
-    scenario.services.iter().map(broker).collect()
+    KAFKAS.for_transcript(scenario, &[])
 }
