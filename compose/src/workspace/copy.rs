@@ -184,13 +184,24 @@ fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// The features of its package that the example requires: those that bring an optional crate it uses.
+/// The features of its package that the example requires: those that bring an optional crate it uses, and those that bring
+/// more of a crate and have the name of the module it uses, as `jetstream = ["async-nats/default"]`.
 ///
 /// # Errors
 /// A file cannot be read, or an optional crate that is used belongs to no feature.
 pub(super) fn features(package: &Package, example: &ExampleInfo) -> Result<Vec<String>> {
+    let sources = sources(example)?;
     let mut required = BTreeSet::new();
-    for dependency in dependencies(package, &sources(example)?)? {
+    for (feature, brought) in &package.features {
+        let mut crates = brought.iter().filter_map(|entry| entry.split_once('/'));
+        if crates.any(|(name, _)| {
+            let module = format!("{}::{feature}", name.replace('-', "_"));
+            sources.values().any(|text| text.contains(&module))
+        }) {
+            required.insert(feature.clone());
+        }
+    }
+    for dependency in dependencies(package, &sources)? {
         if !dependency.optional {
             continue;
         }
@@ -294,7 +305,7 @@ fn manifest(package: &Package, name: &str, dependencies: &[&Dependency]) -> Resu
                 )?;
                 writeln!(text, "# See .cargo/config.toml.")?;
             }
-            writeln!(text, "{}", requirement(dependency))?;
+            writeln!(text, "{}", requirement(package, dependency))?;
         }
     }
     write!(
@@ -304,8 +315,19 @@ fn manifest(package: &Package, name: &str, dependencies: &[&Dependency]) -> Resu
     Ok(text)
 }
 
+/// What the package's default features turn on of this crate: in a copy nothing is left out to build faster.
+fn features_turned_on<'a>(package: &'a Package, name: &str) -> Vec<&'a str> {
+    let default = package.features.get("default").into_iter().flatten();
+    let entries = default.filter_map(|feature| package.features.get(feature));
+    let entries = entries.flatten().filter_map(|entry| entry.split_once('/'));
+    entries
+        .filter(|(brought, _)| *brought == name)
+        .map(|(_, feature)| feature)
+        .collect()
+}
+
 /// One line of `[dependencies]`, in the shortest form.
-fn requirement(dependency: &Dependency) -> String {
+fn requirement(package: &Package, dependency: &Dependency) -> String {
     let version = dependency.req.to_string();
     // "^1.0" and "1.0" mean the same, and the latter is what people write.
     let version = if version.contains(',') {
@@ -318,11 +340,20 @@ fn requirement(dependency: &Dependency) -> String {
     if dependency.rename.is_some() {
         settings.push(format!("package = {:?}", dependency.name));
     }
-    if !dependency.uses_default_features {
+    let listed = dependency.features.iter().map(String::as_str);
+    let mut features: Vec<&str> = listed.collect();
+    for feature in features_turned_on(package, name) {
+        if !features.contains(&feature) {
+            features.push(feature);
+        }
+    }
+    let defaults = dependency.uses_default_features || features.contains(&"default");
+    features.retain(|feature| *feature != "default");
+    if !defaults {
         settings.push("default-features = false".to_owned());
     }
-    if !dependency.features.is_empty() {
-        settings.push(format!("features = {:?}", dependency.features));
+    if !features.is_empty() {
+        settings.push(format!("features = {features:?}"));
     }
     if settings.is_empty() {
         format!("{name} = {version:?}")
@@ -382,6 +413,7 @@ rust-version = "1.89.0"
 
 [dependencies]
 anyhow = "1.0"
+async-nats = { version = "0.51", features = ["ring"] }
 json = { version = ">=1.0, <2", package = "serde_json", features = ["raw_value"] }
 serde = { version = "1.0", features = ["derive", "rc"] }
 

@@ -244,7 +244,7 @@ mod tests {
         assert!(
             fixture
                 .read("nats-examples/Cargo.toml")
-                .starts_with("# index\n\nbin = [\n    { name = \"nats_a\", test = false, required-features = [\"json\"] },\n    { name = \"nats_b\", test = false },\n]\n\n# /index\n"),
+                .starts_with("# index\n\nbin = [\n    { name = \"nats_a\", test = false, required-features = [\"jetstream\", \"json\"] },\n    { name = \"nats_b\", test = false },\n]\n\n# /index\n"),
         );
         assert_eq!(
             fixture.read("README.md"),

@@ -345,6 +345,7 @@ edition = "2024"
 rust-version = "1.89"
 [workspace.dependencies]
 anyhow = "1.0"
+async-nats = { version = "0.51", default-features = false, features = ["ring"] }
 json = { package = "serde_json", version = ">=1.0, <2", features = ["raw_value"] }
 protoc-bin-vendored = "3"
 pulsar = { version = "6.9", default-features = false, features = ["tokio-rustls-runtime-ring"] }
@@ -367,10 +368,12 @@ rust-version.workspace = true
 [package.metadata.lab]
 services = ["nats"]
 [features]
-default = ["json"]
+default = ["jetstream", "json"]
+jetstream = ["async-nats/default"]
 json = ["dep:json"]
 [dependencies]
 anyhow.workspace = true
+async-nats.workspace = true
 json = { workspace = true, optional = true }
 protoc-bin-vendored.workspace = true
 pulsar.workspace = true
@@ -392,7 +395,7 @@ tempfile = "3"
         ),
         (
             "nats-examples/src/bin/nats_a.rs",
-            "//! First.\n// pulsar::x\nuse serde::Serialize;\nfn main() -> anyhow::Result<()> { libc::x(); json::y(\"tempfile::z\") }\n",
+            "//! First.\n// pulsar::x\nuse serde::Serialize;\nfn main() -> anyhow::Result<()> { libc::x(); json::y(\"tempfile::z\"); async_nats::jetstream::new() }\n",
         ),
         (
             "scenarios/Cargo.toml",
