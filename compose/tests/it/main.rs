@@ -1,6 +1,7 @@
 //! The brokers, `lab`, the harness, and what keeps the repository consistent.
 
 mod broker;
+mod copies;
 mod fetch;
 mod harness;
 mod lab;
