@@ -1,7 +1,6 @@
 //! The brokers, `lab`, the harness, and what keeps the repository consistent.
 
 mod broker;
-mod copies;
 mod fetch;
 mod harness;
 mod lab;
