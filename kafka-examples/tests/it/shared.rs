@@ -29,12 +29,7 @@ fn owner(example: &str) -> &str {
 
 /// For the transcript in the header of an example.
 pub fn for_transcript(example: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
-    // What these show is the whole broker, or its death.
-    const ALONE: [&str; 4] = [
-        "kafka_admin",
-        "kafka_lag_monitor",
-        "kafka_reconnect",
-        "kafka_replay",
-    ];
+    // What these show is the whole broker.
+    const ALONE: [&str; 3] = ["kafka_admin", "kafka_lag_monitor", "kafka_replay"];
     KAFKAS.for_transcript(example, &ALONE)
 }
