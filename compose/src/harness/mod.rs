@@ -525,7 +525,12 @@ impl Running {
             return "; it has printed nothing".to_owned();
         }
         let mut text = "; its output so far:".to_owned();
-        for (stream, line) in &self.output {
+        const SHOWN: usize = 100;
+        let left_out = self.output.len().saturating_sub(SHOWN);
+        if left_out > 0 {
+            text.push_str(&format!("\n  ({left_out} lines before)"));
+        }
+        for (stream, line) in &self.output[left_out..] {
             text.push_str(if *stream == Stream::Stdout {
                 "\n  out| "
             } else {
@@ -557,11 +562,11 @@ impl Finished {
     pub fn ok(self) -> Result<Finished> {
         ensure!(
             self.status.success(),
-            "{} failed: {}\nstandard output:\n{}standard error:\n{}",
+            "{} failed: {}\nstandard error:\n{}standard output:\n{}",
             self.name,
             self.status,
-            self.stdout,
-            self.stderr
+            last_lines(&self.stderr),
+            last_lines(&self.stdout)
         );
         Ok(self)
     }
@@ -570,6 +575,22 @@ impl Finished {
     pub fn code(&self) -> i32 {
         exit_code(self.status)
     }
+}
+
+/// Why a program failed stands at the end, and a long text is cut by whoever shows it.
+fn last_lines(text: &str) -> String {
+    const SHOWN: usize = 50;
+    let lines: Vec<&str> = text.lines().collect();
+    let left_out = lines.len().saturating_sub(SHOWN);
+    let mut shown = String::new();
+    if left_out > 0 {
+        shown.push_str(&format!("({left_out} lines before)\n"));
+    }
+    for line in &lines[left_out..] {
+        shown.push_str(line);
+        shown.push('\n');
+    }
+    shown
 }
 
 fn exit_code(status: ExitStatus) -> i32 {

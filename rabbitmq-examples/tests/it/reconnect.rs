@@ -51,6 +51,7 @@ async fn over_three_kills_of_the_broker_nothing_confirmed_is_lost() -> Result<()
         }
         rabbitmq.restart(1)?;
         for program in &mut programs {
+            program.wait_for("publisher: connected again", TIMEOUT)?;
             program.wait_for("confirmed: ", TIMEOUT)?;
         }
     }
