@@ -257,7 +257,7 @@ impl Running {
     /// It and the lines before it on the same stream are used up: a later wait looks behind them.
     ///
     /// # Errors
-    /// There is no such line before the program ends or the time is up. The error shows all output so far.
+    /// There is no such line before the program ends or the time is up. The error shows the last lines of the output.
     pub fn wait_for(&mut self, text: &str, limit: Duration) -> Result<String> {
         self.wait_for_line(
             |line| line.contains(text),
@@ -308,7 +308,7 @@ impl Running {
     /// Waits until the program has ended.
     ///
     /// # Errors
-    /// It is still running when the time is up. The error shows all output so far.
+    /// It is still running when the time is up. The error shows the last lines of the output.
     pub fn wait(&mut self, limit: Duration) -> Result<Finished> {
         let deadline = Instant::now() + limit;
         loop {
@@ -524,21 +524,11 @@ impl Running {
         if self.output.is_empty() {
             return "; it has printed nothing".to_owned();
         }
-        let mut text = "; its output so far:".to_owned();
-        const SHOWN: usize = 100;
-        let left_out = self.output.len().saturating_sub(SHOWN);
-        if left_out > 0 {
-            text.push_str(&format!("\n  ({left_out} lines before)"));
-        }
-        for (stream, line) in &self.output[left_out..] {
-            text.push_str(if *stream == Stream::Stdout {
-                "\n  out| "
-            } else {
-                "\n  err| "
-            });
-            text.push_str(line);
-        }
-        text
+        let lines = self.output.iter().map(|(stream, line)| match stream {
+            Stream::Stdout => format!("  out| {line}"),
+            Stream::Stderr => format!("  err| {line}"),
+        });
+        format!("; its output so far:\n{}", last_lines(lines))
     }
 }
 
@@ -558,15 +548,15 @@ impl Finished {
     /// Requires exit status 0.
     ///
     /// # Errors
-    /// It was another one. The error shows the output.
+    /// It was another one. The error shows the last lines of the output.
     pub fn ok(self) -> Result<Finished> {
         ensure!(
             self.status.success(),
-            "{} failed: {}\nstandard error:\n{}standard output:\n{}",
+            "{} failed: {}\nstandard error:\n{}\nstandard output:\n{}",
             self.name,
             self.status,
-            last_lines(&self.stderr),
-            last_lines(&self.stdout)
+            last_lines(self.stderr.lines()),
+            last_lines(self.stdout.lines())
         );
         Ok(self)
     }
@@ -577,20 +567,14 @@ impl Finished {
     }
 }
 
-/// Why a program failed stands at the end, and a long text is cut by whoever shows it.
-fn last_lines(text: &str) -> String {
-    const SHOWN: usize = 50;
-    let lines: Vec<&str> = text.lines().collect();
-    let left_out = lines.len().saturating_sub(SHOWN);
-    let mut shown = String::new();
-    if left_out > 0 {
-        shown.push_str(&format!("({left_out} lines before)\n"));
+/// The reason for a failure is in the last lines. Long output is cut here, so that no reader of a log cuts off its end.
+fn last_lines(lines: impl Iterator<Item = impl Into<String>>) -> String {
+    const SHOWN: usize = 100;
+    let mut lines: Vec<String> = lines.map(Into::into).collect();
+    if let Some(left_out) = lines.len().checked_sub(SHOWN).filter(|count| *count > 0) {
+        lines.splice(..left_out, [format!("({left_out} lines before)")]);
     }
-    for line in &lines[left_out..] {
-        shown.push_str(line);
-        shown.push('\n');
-    }
-    shown
+    lines.join("\n")
 }
 
 fn exit_code(status: ExitStatus) -> i32 {

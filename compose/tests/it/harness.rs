@@ -584,6 +584,30 @@ fn standard_input() {
 }
 
 #[test]
+fn long_output_of_a_failed_program_is_cut_at_its_beginning() {
+    let script = "seq 1000; read -r _; echo reason >&2; read -r _; exit 3";
+    let scripts = Scripts::new(&[("chatty", script)]);
+    let mut running = scripts.example("chatty").open_stdin().spawn().unwrap();
+    running.wait_for("1000", LIMIT).unwrap();
+    running.write_stdin("go on\n").unwrap();
+    running.wait_for("reason", LIMIT).unwrap();
+    let waited = running.wait_for("never", SHORT).unwrap_err().to_string();
+    let shown = [
+        "(901 lines before)\n  out| 902\n",
+        "  out| 1000\n  err| reason",
+    ];
+    assert_has(&waited, &shown);
+    running.write_stdin("end\n").unwrap();
+    let failed = running.wait(LIMIT).unwrap().ok().unwrap_err().to_string();
+    let shown = [
+        "standard error:\nreason\nstandard output:\n",
+        "(900 lines before)\n901\n",
+        "\n1000",
+    ];
+    assert_has(&failed, &shown);
+}
+
+#[test]
 fn a_descendant_that_keeps_the_pipes_does_not_delay_the_end() {
     let scripts = Scripts::new(&[("a", "sleep 100 & echo done")]);
     let started = Instant::now();
