@@ -37,7 +37,7 @@
 //! Notice: each half has a loop around it that starts from scratch: connection, channel, queue. When the connection is
 //! lost, the publishes on their way fail, and the stream of deliveries ends with one error. Waiting for a confirm has a
 //! limit all the same. lapin's own recovery (`enable_auto_recover`) isn't used: in 4.12.3, if messages were being
-//! written as the connection broke, it may never connect again, and those publishes wait for ever without an error.
+//! written when the connection broke, it may never connect again, and those publishes wait forever without an error.
 //!
 //! An indeterminate message is one whose first attempt got no answer: it may be there once or twice. A consumer sees
 //! repeats of those, and of what it had not acknowledged when the connection went.
@@ -55,7 +55,6 @@
 //! rabbitmq_publisher_confirms, rabbitmq_idempotent_consumer.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -93,10 +92,10 @@ struct Ledger {
 }
 
 impl Ledger {
-    fn all_there(&self) -> bool {
-        // The count first: it costs nothing.
-        self.delivered.len() >= self.acked.len()
-            && self.acked.iter().all(|id| self.delivered.contains_key(id))
+    /// How many were confirmed and not delivered.
+    fn missing(&self) -> usize {
+        let missing = |id: &&u64| !self.delivered.contains_key(id);
+        self.acked.iter().filter(missing).count()
     }
 
     fn progress(&self) -> (usize, usize) {
@@ -178,20 +177,18 @@ async fn main() -> anyhow::Result<()> {
     println!("stopping: what is on its way is awaited; Ctrl-C to give up");
     let all_done = async {
         (&mut publisher).await?;
-        while publishes && consumes && !books.lock().all_there() {
+        while publishes && consumes && books.lock().missing() > 0 {
             sleep(Duration::from_millis(50)).await;
         }
         anyhow::Ok(())
     };
     let stuck = async {
-        let mut last = None;
         loop {
-            let now = Some(books.lock().progress());
-            if now == last {
-                return;
-            }
-            last = now;
+            let before = books.lock().progress();
             sleep(DRAIN).await;
+            if books.lock().progress() == before {
+                break;
+            }
         }
     };
     let complete = tokio::select! {
@@ -268,7 +265,9 @@ async fn publish(
         let answers = join_all(batch.iter().map(|id| send(&channel, *id)));
         let Some(answers) = await_answers(answers, &channel).await else {
             books.lock().indeterminate.extend(&batch);
-            say_lost(batch.len());
+            if !channel.status().connected() {
+                say_lost(batch.len());
+            }
             bail!("no answers; is the broker away, or short of memory or disk?");
         };
         let came_back = answers.iter().flatten().any(|answer| {
@@ -317,21 +316,23 @@ fn say_lost(count: usize) {
     println!("publisher: connection lost, {count} unconfirmed");
 }
 
-/// None if they don't come in time: a silent broker gives none, and lapin may forget a publish when a connection is lost.
+/// `None`: not all came in time. A silent broker confirms nothing, and lapin may forget a publish on a lost connection.
 async fn await_answers<A>(answers: impl Future<Output = A>, channel: &Channel) -> Option<A> {
-    let mut answers = pin!(answers);
     let lost = async {
         while channel.status().connected() {
             sleep(Duration::from_millis(50)).await;
         }
     };
+    let too_long = async {
+        tokio::select! {
+            () = lost => sleep(PATIENCE).await,
+            () = sleep(CONFIRM) => {}
+        }
+    };
     tokio::select! {
-        biased;
-        answers = &mut answers => return Some(answers),
-        () = sleep(CONFIRM) => return None,
-        () = lost => {}
+        answers = answers => Some(answers),
+        () = too_long => None,
     }
-    timeout(PATIENCE, answers).await.ok()
 }
 
 async fn send(channel: &Channel, id: u64) -> lapin::Result<Confirmation> {
@@ -418,11 +419,7 @@ fn report(books: &Ledger, publishes: bool, consumes: bool, complete: bool) -> an
             "attempted {attempted}, acked {acked}, indeterminate {indeterminate}"
         ));
     }
-    let missing = books
-        .acked
-        .iter()
-        .filter(|id| !books.delivered.contains_key(id))
-        .count();
+    let missing = books.missing();
     if consumes {
         let delivered: u64 = books.delivered.values().sum();
         let duplicate = delivered - books.delivered.len() as u64;
