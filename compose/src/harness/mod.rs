@@ -1,7 +1,7 @@
 //! What the tests of the examples are made of: running a program under observation, breaking things under it, and
 //! comparing a header's transcript with what happens.
 //!
-//! The smoke test of a whole package is one line, see [`transcripts`]. A test of a guarantee goes like this:
+//! The transcripts of a whole package are tests with one line of code, see [`transcripts()`]. A test of a guarantee goes like this:
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -25,29 +25,28 @@
 mod kafka_record;
 mod shared;
 pub mod transcript;
+mod transcripts;
 
-use std::borrow::Borrow;
-use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Once;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
+pub use crate::probe::http_get;
 use crate::process::Supervised;
-use crate::workspace::{ExampleInfo, Workspace};
+pub use crate::workspace::{ExampleInfo, Workspace};
 use crate::{Broker, Service};
 pub use kafka_record::produce_kafka_record;
 pub use shared::Pool;
-use transcript::{Fault, Stage, Transcript};
+pub use transcripts::{private_brokers, transcripts};
 
 /// How often to look whether a silent program has ended: an exit is no event on its pipes as long as a descendant
 /// holds them open.
@@ -711,323 +710,4 @@ pub fn closed_pipe(
         thread::sleep(TICK);
     }
     Ok(())
-}
-
-/// Runs the transcripts in the headers of a package's examples, each example with new, empty brokers of its own.
-///
-/// `binary` is the path of any binary of the package; the others are beside it:
-///
-/// ```ignore
-/// #[test]
-/// fn transcripts() {
-///     compose::harness::transcripts(env!("CARGO_PKG_NAME"), env!("CARGO_BIN_EXE_nats_publish"));
-/// }
-/// ```
-///
-/// `TRANSCRIPT=name` in the environment restricts it to the examples whose name contains that. `TRANSCRIPT_TIMEOUT` is
-/// how many seconds each part of a transcript may take (180).
-///
-/// # Panics
-/// A transcript is not true, or an example has none. The message lists every failure with file and line.
-pub fn transcripts(package: &str, binary: &str) {
-    transcripts_with(package, binary, private_brokers);
-}
-
-/// Like [`transcripts`], with the brokers that `supply` gives to each example, such as a cluster, or one of a [`Pool`].
-///
-/// # Panics
-/// As [`transcripts`].
-pub fn transcripts_with<B: Borrow<Broker>>(
-    package: &str,
-    binary: &str,
-    supply: impl Fn(&ExampleInfo) -> Result<Vec<B>> + Sync,
-) {
-    let all = || {
-        let workspace = Workspace::load()?;
-        let programs = Path::new(binary)
-            .parent()
-            .context("the path of a binary has a folder")?;
-        let examples: Vec<&ExampleInfo> = workspace
-            .examples()
-            .iter()
-            .filter(|one| one.package == package)
-            .collect();
-        let limit = match std::env::var("TRANSCRIPT_TIMEOUT") {
-            Ok(seconds) => seconds
-                .parse()
-                .context("TRANSCRIPT_TIMEOUT is a number of seconds")?,
-            Err(_) => TIMEOUT.as_secs(),
-        };
-        let filter = std::env::var("TRANSCRIPT").unwrap_or_default();
-        let suite = Suite {
-            root: workspace.root(),
-            examples,
-            programs,
-            limit: Duration::from_secs(limit),
-        };
-        suite.run(&filter, supply)
-    };
-    if let Err(error) = all() {
-        panic!("{error:#}");
-    }
-}
-
-/// A new broker for each service that the example needs.
-fn private_brokers(example: &ExampleInfo) -> Result<Vec<Broker>> {
-    let broker = |name: &String| Broker::private_cluster(name.parse::<Service>()?, example.nodes);
-    example.services.iter().map(broker).collect()
-}
-
-/// What transcripts need of brokers; a test of the runner itself has none.
-trait Surroundings {
-    fn env(&self) -> Vec<(String, String)>;
-    fn fault(&self, fault: Fault, service: &str, node: u16) -> Result<()>;
-}
-
-impl<B: Borrow<Broker>> Surroundings for Vec<B> {
-    fn env(&self) -> Vec<(String, String)> {
-        self.iter().flat_map(|one| one.borrow().env()).collect()
-    }
-
-    fn fault(&self, fault: Fault, service: &str, node: u16) -> Result<()> {
-        let service: Service = service.parse()?;
-        let mut brokers = self.iter().map(B::borrow);
-        let broker = brokers.find(|broker| broker.service() == service).with_context(|| {
-            format!("no {service} is under test; [package.metadata.lab] lists the services that an example needs")
-        })?;
-        match fault {
-            Fault::Kill => broker.kill(node),
-            Fault::Pause => broker.pause(node),
-            Fault::Resume => broker.resume(node),
-            Fault::Restart => broker.restart(node),
-        }
-    }
-}
-
-/// How many transcripts run side by side. Most of their time is a broker's start, and waiting for what they show.
-const AT_ONCE: usize = 4;
-
-struct Suite<'a> {
-    root: &'a Path,
-    examples: Vec<&'a ExampleInfo>,
-    programs: &'a Path,
-    limit: Duration,
-}
-
-impl Suite<'_> {
-    /// Runs all transcripts of the examples whose names contain `filter`; the error lists all failures.
-    fn run<S: Surroundings>(
-        &self,
-        filter: &str,
-        supply: impl Fn(&ExampleInfo) -> Result<S> + Sync,
-    ) -> Result<()> {
-        let chosen: Vec<&ExampleInfo> = self
-            .examples
-            .iter()
-            .copied()
-            .filter(|example| example.name.contains(filter))
-            .collect();
-        // A filter is often meant for one package while the tests of all run.
-        ensure!(
-            !chosen.is_empty() || !filter.is_empty(),
-            "the package has no examples"
-        );
-        let (next, failures) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
-        let work = || {
-            loop {
-                let at = next.fetch_add(1, Ordering::Relaxed);
-                let Some(example) = chosen.get(at) else { break };
-                let started = Instant::now();
-                let result = self.run_example(example, &supply);
-                let verdict = if result.is_ok() { "true" } else { "FALSE" };
-                eprintln!(
-                    "transcript of {} ... {verdict} ({:.1} s)",
-                    example.name,
-                    started.elapsed().as_secs_f64()
-                );
-                if let Err(failure) = result {
-                    let file = example.source.strip_prefix(self.root);
-                    let file = file.unwrap_or(&example.source).display();
-                    let mut failures = failures.lock().unwrap_or_else(PoisonError::into_inner);
-                    failures.insert(at, format!("{file}:{failure}"));
-                }
-            }
-        };
-        thread::scope(|scope| {
-            for _ in 0..AT_ONCE {
-                scope.spawn(work);
-            }
-        });
-        let failures = failures
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner);
-        ensure!(
-            failures.is_empty(),
-            "{} of {} examples don't do what their headers say\n\n{}\n",
-            failures.len(),
-            chosen.len(),
-            failures.into_values().collect::<Vec<_>>().join("\n\n")
-        );
-        Ok(())
-    }
-
-    fn run_example<S: Surroundings>(
-        &self,
-        example: &ExampleInfo,
-        supply: impl Fn(&ExampleInfo) -> Result<S>,
-    ) -> Result<(), transcript::Failure> {
-        let fail = |reason| transcript::Failure {
-            line: example.header_line,
-            reason,
-        };
-        let transcripts = Transcript::parse(&example.header, example.header_line)?;
-        if !transcripts
-            .iter()
-            .any(|transcript| transcript.programs().any(|program| program == example.name))
-        {
-            let reason = format!(
-                "the header has no ```console block that runs {}",
-                example.name
-            );
-            return Err(fail(anyhow::Error::msg(reason)));
-        }
-        let surroundings = supply(example)
-            .context("no broker for the transcript")
-            .map_err(fail)?;
-        let env = surroundings.env();
-        let allowed: Vec<String> = self
-            .examples
-            .iter()
-            .map(|example| example.name.clone())
-            .collect();
-        let folder = tempfile::tempdir()
-            .context("cannot make a temporary folder")
-            .map_err(fail)?;
-        let stage = Stage {
-            programs: self.programs,
-            allowed: &allowed,
-            folder: folder.path(),
-            env: &env,
-            fault: &|fault, service, node| surroundings.fault(fault, service, node),
-            limit: self.limit,
-        };
-        // The blocks of one header follow one another on the same broker, as they would for a reader.
-        transcripts
-            .iter()
-            .try_for_each(|transcript| transcript.run(&stage))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Mutex;
-
-    use super::*;
-
-    /// Notes what was asked of it.
-    struct Notes<'a>(&'a Mutex<Vec<String>>);
-
-    impl Surroundings for Notes<'_> {
-        fn env(&self) -> Vec<(String, String)> {
-            vec![("BROKER".to_owned(), "here".to_owned())]
-        }
-
-        fn fault(&self, fault: Fault, service: &str, node: u16) -> Result<()> {
-            self.0
-                .lock()
-                .unwrap()
-                .push(format!("{fault:?} {service} {node}"));
-            Ok(())
-        }
-    }
-
-    /// An example whose program is one of the system's.
-    fn example(name: &str, header: &str) -> ExampleInfo {
-        ExampleInfo {
-            name: name.to_owned(),
-            package: "shell-examples".to_owned(),
-            title: "Title".to_owned(),
-            source: PathBuf::from(format!("/workspace/src/bin/{name}.rs")),
-            services: Vec::new(),
-            nodes: 1,
-            features: Vec::new(),
-            header: header.to_owned(),
-            header_line: 3,
-        }
-    }
-
-    fn run(examples: &[ExampleInfo], filter: &str, notes: &Mutex<Vec<String>>) -> Result<()> {
-        let suite = Suite {
-            root: Path::new("/workspace"),
-            examples: examples.iter().collect(),
-            programs: Path::new("/bin"),
-            limit: Duration::from_secs(20),
-        };
-        suite.run(filter, |_| Ok(Notes(notes)))
-    }
-
-    #[test]
-    fn all_failures_are_reported_together_with_file_and_line() {
-        let notes = Mutex::default();
-        let examples = [
-            example(
-                "sh",
-                "A.\n```console\n$ cargo run --bin sh -- -c 'echo $BROKER'\nhere\n2$ cargo lab kill nats.2\n```\n",
-            ),
-            example(
-                "cat",
-                "B.\n```console\n$ cargo run --bin cat -- /no/such/file\n```\n",
-            ),
-            example("ls", "C.\n\nNo transcript.\n"),
-            example("true", "D.\n```console\n$ cargo run --bin sh\n```\n"),
-            example(
-                "echo",
-                "E.\n```console\n$ cargo run --bin echo -- hi\nho\n```\n",
-            ),
-            example("pwd", "F.\n```console\n$ cat\n```\n"),
-        ];
-        let error = run(&examples, "", &notes).unwrap_err().to_string();
-        for part in [
-            "5 of 6 examples don't do what their headers say\n",
-            "\nsrc/bin/cat.rs:5: cat ended with exit status 1 instead of 0\nstandard error:\n  ",
-            "\nsrc/bin/ls.rs:3: the header has no ```console block that runs ls\n",
-            "\nsrc/bin/true.rs:3: the header has no ```console block that runs true\n",
-            "\nsrc/bin/echo.rs:5: echo printed something else: \"hi\" does not fit\n",
-            "\nsrc/bin/pwd.rs:5: `cat`: a transcript can only run",
-        ] {
-            assert!(error.contains(part), "{part:?} is missing in:\n{error}");
-        }
-        assert!(!error.contains("sh.rs"), "{error}");
-        assert_eq!(notes.into_inner().unwrap(), ["Kill nats 2"]);
-    }
-
-    #[test]
-    fn the_filter_chooses() {
-        let notes = Mutex::default();
-        let examples = [
-            example("true", "A.\n```console\n$ cargo run --bin true\n```\n"),
-            example("false", "B.\n```console\n$ cargo run --bin false\n```\n"),
-        ];
-        run(&examples, "tru", &notes).unwrap();
-        assert!(
-            run(&examples, "", &notes)
-                .unwrap_err()
-                .to_string()
-                .contains("src/bin/false.rs:5: false ended")
-        );
-        // The one line of another package's test: nothing of its own is meant.
-        run(&examples, "kafka", &notes).unwrap();
-        assert_eq!(
-            run(&[], "", &notes).unwrap_err().to_string(),
-            "the package has no examples"
-        );
-    }
-
-    #[test]
-    fn the_blocks_of_a_header_follow_one_another() {
-        let notes = Mutex::default();
-        let blocks = "A.\n```console\n$ cargo run --bin sh -- -c 'echo >flag'\n```\n\
-                      Then:\n```console\n$ cargo run --bin sh -- -c 'test -e flag && echo there'\nthere\n```\n";
-        run(&[example("sh", blocks)], "", &notes).unwrap();
-    }
 }

@@ -1,4 +1,4 @@
-//! What the headers of the Kafka examples show and claim, tried on a real broker.
+//! What the headers of the Kafka examples claim, tried on a real broker.
 
 mod admin;
 mod async_producer;
@@ -13,6 +13,7 @@ mod headers_schema;
 mod idempotent_consumer;
 mod lag_monitor;
 mod manual_commit;
+mod owner;
 mod parallel_consumer;
 mod pitfall_auto_commit;
 mod pitfall_ordering;
@@ -25,12 +26,3 @@ mod shared;
 mod tracing;
 mod tuned_consumer;
 mod window_aggregation;
-
-#[test]
-fn transcripts() {
-    compose::harness::transcripts_with(
-        env!("CARGO_PKG_NAME"),
-        env!("CARGO_BIN_EXE_kafka_async_producer"),
-        shared::for_transcript,
-    );
-}

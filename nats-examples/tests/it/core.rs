@@ -4,8 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, Result};
 use async_nats::Request;
-use compose::harness::{Example, Running};
-use compose::probe::http_get;
+use compose::harness::{Example, Running, http_get};
 use futures::StreamExt;
 use tokio::time::timeout;
 

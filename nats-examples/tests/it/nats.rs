@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
 use async_nats::jetstream::consumer::Info;
-use compose::harness::{Example, Finished, Running};
-use compose::probe::http_get;
+use compose::harness::{Example, Finished, Running, http_get};
 use compose::{Broker, Service};
 
 pub use compose::harness::TIMEOUT;

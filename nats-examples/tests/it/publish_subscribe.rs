@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::Client;
-use compose::harness::{Example, Running, TIMEOUT};
-use compose::probe::http_get;
+use compose::harness::{Example, Running, TIMEOUT, http_get};
 use compose::{Broker, Service};
 use futures::StreamExt;
 

@@ -1,10 +1,8 @@
 //! `pulsar_… | head -1`: a program whose output nobody reads any more ends, at the latest with its next line.
 
 use anyhow::Result;
-use compose::call;
-use compose::harness::{Call, closed_pipe, names};
-
-use crate::support::pooled;
+use compose::harness::{Call, closed_pipe};
+use compose::{Broker, Service, call};
 
 /// What runs until Ctrl-C, and what gives it something to print; the others print by themselves.
 const PROGRAMS: [(Call<'_>, Option<Call<'_>>); 19] = [
@@ -82,7 +80,7 @@ const PROGRAMS: [(Call<'_>, Option<Call<'_>>); 19] = [
 
 #[test]
 fn every_program_ends_when_nobody_reads_what_it_prints() -> Result<()> {
-    let broker = pooled(&names(&PROGRAMS))?;
+    let broker = Broker::private(Service::Pulsar)?;
     let folder = tempfile::tempdir()?;
     closed_pipe(&PROGRAMS, |example| {
         let example = example.current_dir(folder.path()).broker(&broker);

@@ -5,8 +5,7 @@ use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use compose::harness::{Example, Pool, Running};
-use compose::workspace::ExampleInfo;
+use compose::harness::{Example, Running};
 use compose::{Broker, Service};
 use futures::StreamExt;
 use pulsar::consumer::InitialPosition;
@@ -50,19 +49,6 @@ pub async fn own(
         answer.error_for_status()?;
     }
     Ok((broker, turn))
-}
-
-static POOL: Pool = Pool::new(Service::Pulsar);
-
-/// For the transcript in the header of an example.
-pub fn for_transcript(example: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
-    // It shows all topics that there are.
-    POOL.for_transcript(example, &["pulsar_backlog_monitor"])
-}
-
-/// A broker on which none of these programs has run, nor will.
-pub fn pooled(programs: &[&str]) -> Result<Arc<Broker>> {
-    POOL.lend(programs)
 }
 
 pub fn topic(name: &str) -> String {

@@ -1,4 +1,4 @@
-//! What the headers of the RabbitMQ examples show and claim, tried on a real broker.
+//! What the headers of the RabbitMQ examples claim, tried on a real broker.
 
 mod backoff;
 mod broker_absent;
@@ -18,12 +18,3 @@ mod shared;
 mod stream;
 mod tracing;
 mod work_queue;
-
-#[test]
-fn transcripts() {
-    compose::harness::transcripts_with(
-        env!("CARGO_PKG_NAME"),
-        env!("CARGO_BIN_EXE_rabbitmq_send"),
-        shared::for_transcript,
-    );
-}

@@ -1,13 +1,12 @@
 //! One broker for all tests that leave it alone, with a virtual host for each; and what they look at it with.
 
 use std::collections::BTreeSet;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use compose::harness::{Example, Finished, Pool, Running};
-use compose::workspace::ExampleInfo;
+use compose::harness::{Example, Finished, Running};
 use compose::{Broker, Service};
 use futures::StreamExt;
 use lapin::message::{BasicGetMessage, Delivery};
@@ -26,12 +25,6 @@ pub struct Place {
     pub management: String,
     connection: Connection,
     pub channel: Channel,
-}
-
-/// For the transcript in the header of an example.
-pub fn for_transcript(example: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
-    static POOL: Pool = Pool::new(Service::RabbitMq);
-    POOL.for_transcript(example, &[])
 }
 
 /// The supervisor ends it with this process: nothing is dropped in a static.

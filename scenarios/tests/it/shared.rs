@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use compose::harness::Pool;
-use compose::workspace::ExampleInfo;
 use compose::{Broker, Service};
 
 static KAFKAS: Pool = Pool::new(Service::Kafka);
@@ -12,9 +11,4 @@ static KAFKAS: Pool = Pool::new(Service::Kafka);
 /// A Kafka on which nobody uses these names, whatever they name.
 pub fn kafka(names: &[&str]) -> Result<Arc<Broker>> {
     KAFKAS.lend(names)
-}
-
-/// For the transcript in the header of a scenario. Kafka is the one that several of them need.
-pub fn for_transcript(scenario: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
-    KAFKAS.for_transcript(scenario, &[])
 }

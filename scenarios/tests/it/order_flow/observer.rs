@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
-use compose::harness::TIMEOUT;
-use compose::probe::http_get;
+use compose::harness::{TIMEOUT, http_get};
 use compose::{Broker, Service};
 use futures::TryStreamExt;
 use lapin::options::{BasicGetOptions, BasicPublishOptions, QueueDeclareOptions};
