@@ -5,7 +5,7 @@
 //! ````text
 //! //! ```console
 //! //! 1$ cargo lab up kafka
-//! //! 2$ cargo run --bin kafka_consumer_group
+//! //! 2$ cargo lab run kafka_consumer_group
 //! //! partition [..]: order-1
 //! //! ...
 //! //! 3$ cargo lab kill kafka
@@ -32,7 +32,7 @@
 //!
 //! | command | what is done |
 //! |---|---|
-//! | `cargo lab run NAME ARGS…`, `cargo run --bin NAME [-- ARGS…]` | runs the built program, with the brokers' addresses in its environment and in an empty folder |
+//! | `cargo lab run NAME ARGS…` | runs the built program, with the brokers' addresses in its environment and in an empty folder |
 //! | `cargo lab up …`, `cargo lab down …` | nothing: the brokers under test are there already |
 //! | `cargo lab kill`, `restart`, `pause`, `resume` `SERVICE[.NODE]` | does that to a broker under test |
 //!
@@ -462,7 +462,6 @@ fn parse_command(command: &str) -> Result<Command> {
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .collect();
     let words: Vec<&str> = words[env.len()..].iter().map(String::as_str).collect();
-    let owned = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
     match words.as_slice() {
         ["cargo", "lab", "up" | "down", ..] => Ok(Command::Nothing),
         [
@@ -490,46 +489,15 @@ fn parse_command(command: &str) -> Result<Command> {
         ["cargo", "lab", "run", name, args @ ..] if !name.starts_with('-') => {
             Ok(Command::Program {
                 name: (*name).to_owned(),
-                args: owned(args),
-                env,
-            })
-        }
-        ["cargo", "run", rest @ ..] => {
-            let (name, args) = parse_cargo_run(rest)?;
-            Ok(Command::Program {
-                name: name.to_owned(),
-                args: owned(args),
+                args: args.iter().map(|arg| (*arg).to_owned()).collect(),
                 env,
             })
         }
         _ => bail!(
-            "a transcript can only run `cargo lab run NAME [ARGS]`, `cargo run --bin NAME [-- ARGS]`, `cargo lab up|down …` \
-             and `cargo lab kill|pause|resume|restart SERVICE[.NODE]`"
+            "a transcript can only run `cargo lab run NAME [ARGS]`, `cargo lab up|down …` and \
+             `cargo lab kill|pause|resume|restart SERVICE[.NODE]`"
         ),
     }
-}
-
-fn parse_cargo_run<'a, 'w>(words: &'w [&'a str]) -> Result<(&'a str, &'w [&'a str])> {
-    let mut name = None;
-    let mut rest = words;
-    loop {
-        rest = match rest {
-            [] => break,
-            ["--", args @ ..] => {
-                return Ok((name.context("--bin NAME is missing")?, args));
-            }
-            ["--bin", value, rest @ ..] => {
-                name = Some(*value);
-                rest
-            }
-            ["-p" | "--package", _, rest @ ..]
-            | ["-q" | "--quiet" | "-r" | "--release", rest @ ..] => rest,
-            [other, ..] => bail!(
-                "`cargo run` is not known here with '{other}'; arguments of the program follow a `--`"
-            ),
-        };
-    }
-    Ok((name.context("--bin NAME is missing")?, &[]))
 }
 
 fn is_variable(name: &str) -> bool {
@@ -790,11 +758,11 @@ mod tests {
             program("a", &["-v", "b c", "d>"], &[])
         );
         assert_eq!(
-            parse("cargo run --bin a   # in a second terminal"),
+            parse("cargo lab run a   # in a second terminal"),
             program("a", &[], &[])
         );
         assert_eq!(
-            parse("X=1 Y='2 3' cargo run -q -p p --bin a -- -b"),
+            parse("X=1 Y='2 3' cargo lab run a -b"),
             program("a", &["-b"], &[("X", "1"), ("Y", "2 3")])
         );
         assert_eq!(parse("cargo lab up kafka --nodes 3"), Command::Nothing);
@@ -815,19 +783,18 @@ mod tests {
         let error = |command: &str| format!("{:#}", parse_command(command).unwrap_err());
         assert!(error("ls").contains("can only run `cargo lab run NAME"));
         assert!(error("cargo lab run --fast a").contains("can only run"));
-        assert!(error("cargo run -- a").contains("--bin NAME is missing"));
-        assert!(error("cargo run --bin a b").contains("'b'"));
-        assert!(error("cargo run --bin a -- events.>").contains("unquoted >"));
-        assert!(error("cargo run --bin a -- \"$HOME\"").contains("unquoted $"));
-        assert!(error("cargo run --bin a -- events.*").contains("unquoted *"));
-        assert!(error("cargo run --bin a | head").contains("unquoted |"));
-        assert!(error("cargo run --bin a 'b").contains("quote is not closed"));
+        assert!(error("cargo run --bin a").contains("can only run"));
+        assert!(error("cargo lab run a events.>").contains("unquoted >"));
+        assert!(error("cargo lab run a \"$HOME\"").contains("unquoted $"));
+        assert!(error("cargo lab run a events.*").contains("unquoted *"));
+        assert!(error("cargo lab run a | head").contains("unquoted |"));
+        assert!(error("cargo lab run a 'b").contains("quote is not closed"));
         assert!(error("cargo lab kill kafka.x").contains("'x' is no node number"));
     }
 
     #[test]
     fn markers() {
-        let block = "Text.\n```console\n$ cargo run --bin a\nout 1$\n\n12: not a marker\n2$ cargo run --bin b\n1:\n  more\n2^C\n^C\n[exit 130]\n```\n";
+        let block = "Text.\n```console\n$ cargo lab run a\nout 1$\n\n12: not a marker\n2$ cargo lab run b\n1:\n  more\n2^C\n^C\n[exit 130]\n```\n";
         let transcripts = Transcript::parse(block, 10).unwrap();
         let [transcript] = transcripts.as_slice() else {
             panic!("{transcripts:?}")
@@ -853,7 +820,7 @@ mod tests {
 
     #[test]
     fn other_blocks_are_skipped_and_several_are_found() {
-        let header = "```console\n$ cargo run --bin a\n```\n```sh\n$ rm x\n```\n```\nplain\n```\n\n````text\n```console\nx\n```\n````\n```console\n$ cargo run --bin b\n```\n";
+        let header = "```console\n$ cargo lab run a\n```\n```sh\n$ rm x\n```\n```\nplain\n```\n\n````text\n```console\nx\n```\n````\n```console\n$ cargo lab run b\n```\n";
         let transcripts = Transcript::parse(header, 1).unwrap();
         let programs: Vec<&str> = transcripts.iter().flat_map(Transcript::programs).collect();
         assert_eq!(programs, ["a", "b"]);
@@ -867,31 +834,28 @@ mod tests {
                 .to_string()
         };
         assert!(
-            Transcript::parse("```console\n$ cargo run --bin a\n", 5)
+            Transcript::parse("```console\n$ cargo lab run a\n", 5)
                 .unwrap_err()
                 .to_string()
                 .starts_with("5: this block has no end")
         );
         assert!(error("out\n").starts_with("2: a transcript starts with a command"));
         assert!(
-            error("$ cargo run --bin a\n2^C\n")
+            error("$ cargo lab run a\n2^C\n")
                 .starts_with("3: no command was started in terminal 2")
         );
         assert!(
-            error("$ cargo run --bin a\n2:\n")
-                .starts_with("3: no command was started in terminal 2")
+            error("$ cargo lab run a\n2:\n").starts_with("3: no command was started in terminal 2")
         );
-        assert!(
-            error("$ cargo run --bin a\n^C\n1^C\n").starts_with("4: terminal 1 was interrupted")
-        );
+        assert!(error("$ cargo lab run a\n^C\n1^C\n").starts_with("4: terminal 1 was interrupted"));
         assert!(
             error("$ cargo lab up kafka\nlocalhost:9092\n")
                 .starts_with("3: the output of this command")
         );
         assert!(error("$ cargo lab kill kafka\n^C\n").starts_with("3: nothing runs in terminal 1"));
-        assert!(error("$ cargo run --bin a\n[exit 1]\nout\n").starts_with("4: nothing can follow"));
-        assert!(error("$ cargo run --bin a\n[exit 1]\n^C\n").starts_with("2: nothing can follow"));
-        assert!(error("$ cargo run --bin a\n[exit x]\n").starts_with("3: 'x' is no exit status"));
+        assert!(error("$ cargo lab run a\n[exit 1]\nout\n").starts_with("4: nothing can follow"));
+        assert!(error("$ cargo lab run a\n[exit 1]\n^C\n").starts_with("2: nothing can follow"));
+        assert!(error("$ cargo lab run a\n[exit x]\n").starts_with("3: 'x' is no exit status"));
         assert!(
             error("$ cargo lab up kafka\n...\n").starts_with("1: the transcript runs no program")
         );

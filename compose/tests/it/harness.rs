@@ -142,7 +142,7 @@ fn a_true_transcript() {
         2$ cargo lab run consumer\n\
         ready\n\
         \n\
-        3$ NAME=me cargo run --bin producer -- 'a  b' c\n\
+        3$ NAME=me cargo lab run producer 'a  b' c\n\
         to [..]:1 as me\n\
         sent a  b\n\
         ...\n\
@@ -156,18 +156,14 @@ fn a_true_transcript() {
 fn a_missing_line() {
     let text = failure(
         "echo a; echo c; echo oops >&2",
-        "$ cargo run --bin a\na\nb\nc\n",
+        "$ cargo lab run a\na\nb\nc\n",
         LIMIT,
     );
     assert_has(
         &text,
         &["3: a printed something else: \"c\" does not fit", "- b"],
     );
-    let text = failure(
-        "echo a; echo oops >&2",
-        "$ cargo run --bin a\na\nb\n",
-        LIMIT,
-    );
+    let text = failure("echo a; echo oops >&2", "$ cargo lab run a\na\nb\n", LIMIT);
     assert_has(
         &text,
         &[
@@ -180,22 +176,14 @@ fn a_missing_line() {
 
 #[test]
 fn an_extra_line() {
-    let text = failure(
-        "echo a; echo x; echo b",
-        "$ cargo run --bin a\na\nb\n",
-        LIMIT,
-    );
+    let text = failure("echo a; echo x; echo b", "$ cargo lab run a\na\nb\n", LIMIT);
     assert_has(
         &text,
         &["3: a printed something else: \"x\" does not fit", "+ x"],
     );
-    let text = failure(
-        "echo a; echo b; echo x",
-        "$ cargo run --bin a\na\nb\n",
-        LIMIT,
-    );
+    let text = failure("echo a; echo b; echo x", "$ cargo lab run a\na\nb\n", LIMIT);
     assert_has(&text, &["\"x\" does not fit", "+ x"]);
-    let text = failure(CONSUMER, "$ cargo run --bin a\nready\n^C\n", LIMIT);
+    let text = failure(CONSUMER, "$ cargo lab run a\nready\n^C\n", LIMIT);
     assert_has(
         &text,
         &["5: a printed something else: \"bye\" does not fit"],
@@ -207,7 +195,7 @@ fn a_wrong_order_is_noticed_at_once() {
     let started = Instant::now();
     let text = failure(
         "echo b; echo a; sleep 100",
-        "$ cargo run --bin a\na\nb\n",
+        "$ cargo lab run a\na\nb\n",
         LIMIT,
     );
     assert_has(&text, &["3: a printed something else: \"b\" does not fit"]);
@@ -220,7 +208,7 @@ fn a_wrong_order_is_noticed_at_once() {
 #[test]
 fn any_lines() {
     let scripts = Scripts::new(&[("a", "for i in 1 2 3 4 5; do echo \"line $i\"; done")]);
-    let run = |lines: &str| scripts.transcript(&format!("$ cargo run --bin a\n{lines}"), LIMIT);
+    let run = |lines: &str| scripts.transcript(&format!("$ cargo lab run a\n{lines}"), LIMIT);
     run("...\n").unwrap();
     run("...\nline 3\n...\n").unwrap();
     run("line 1\n...\nline 5\n").unwrap();
@@ -235,7 +223,7 @@ fn any_lines() {
 fn the_exit_status() {
     let text = failure(
         "echo a; echo why >&2; exit 3",
-        "$ cargo run --bin a\na\n",
+        "$ cargo lab run a\na\n",
         LIMIT,
     );
     assert_has(
@@ -245,31 +233,27 @@ fn the_exit_status() {
             "standard error:\n  why",
         ],
     );
-    let text = failure("echo a", "$ cargo run --bin a\na\n[exit 3]\n", LIMIT);
+    let text = failure("echo a", "$ cargo lab run a\na\n[exit 3]\n", LIMIT);
     assert_has(&text, &["3: a ended with exit status 0 instead of 3"]);
-    let text = failure("kill -TERM $$", "$ cargo run --bin a\n", LIMIT);
+    let text = failure("kill -TERM $$", "$ cargo lab run a\n", LIMIT);
     assert_has(&text, &["3: a ended with exit status 143 instead of 0"]);
     Scripts::new(&[("a", "echo a; exit 3")])
-        .transcript("$ cargo run --bin a\na\n[exit 3]\n", LIMIT)
+        .transcript("$ cargo lab run a\na\n[exit 3]\n", LIMIT)
         .unwrap();
 }
 
 #[test]
 fn a_program_that_hangs() {
-    let text = failure(
-        "echo a; exec sleep 100",
-        "$ cargo run --bin a\na\nb\n",
-        SHORT,
-    );
+    let text = failure("echo a; exec sleep 100", "$ cargo lab run a\na\nb\n", SHORT);
     assert_has(
         &text,
         &["3: a has not printed all of this after 700ms", "- b"],
     );
-    let text = failure("echo a; exec sleep 100", "$ cargo run --bin a\na\n", SHORT);
+    let text = failure("echo a; exec sleep 100", "$ cargo lab run a\na\n", SHORT);
     assert_has(&text, &["3: a is still running after 700ms", "needs a ^C"]);
     let text = failure(
         "trap '' INT; echo a; exec sleep 100",
-        "$ cargo run --bin a\na\n^C\n",
+        "$ cargo lab run a\na\n^C\n",
         SHORT,
     );
     assert_has(&text, &["5: a is still running after 700ms"]);
@@ -280,7 +264,7 @@ fn a_program_that_goes_on_printing_has_no_more_time() {
     let started = Instant::now();
     let text = failure(
         "while :; do echo a; done",
-        "$ cargo run --bin a\n...\nb\n",
+        "$ cargo lab run a\n...\nb\n",
         SHORT,
     );
     assert_has(&text, &["3: a has not printed all of this after 700ms"]);
@@ -300,7 +284,7 @@ fn ctrl_c_needs_something_to_interrupt() {
         }
         Ok(())
     };
-    let block = "1$ cargo run --bin a\na\n2$ cargo lab kill kafka\n1^C\n";
+    let block = "1$ cargo lab run a\na\n2$ cargo lab kill kafka\n1^C\n";
     let text = scripts
         .transcript_with(block, LIMIT, &await_end)
         .unwrap_err();
@@ -322,7 +306,7 @@ fn a_part_is_awaited_before_the_next() {
             "[ -e flag ] || echo too early; echo it >sent; echo sent",
         ),
     ]);
-    let block = "1$ cargo run --bin slow\nready\n2$ cargo run --bin fast\nsent\n1^C\ngot it\n";
+    let block = "1$ cargo lab run slow\nready\n2$ cargo lab run fast\nsent\n1^C\ngot it\n";
     scripts.transcript(block, LIMIT).unwrap();
     // Without a line to wait for, the second command does not wait.
     let scripts = Scripts::new(&[
@@ -334,7 +318,7 @@ fn a_part_is_awaited_before_the_next() {
     ]);
     scripts
         .transcript(
-            "1$ cargo run --bin slow\n2$ cargo run --bin fast\n1:\nready\n",
+            "1$ cargo lab run slow\n2$ cargo lab run fast\n1:\nready\n",
             LIMIT,
         )
         .unwrap();
@@ -345,7 +329,7 @@ fn lines_may_come_before_their_marker() {
     let scripts = Scripts::new(&[("a", "echo a; echo b"), ("b", "echo c")]);
     scripts
         .transcript(
-            "1$ cargo run --bin a\na\n2$ cargo run --bin b\nc\n1:\nb\n",
+            "1$ cargo lab run a\na\n2$ cargo lab run b\nc\n1:\nb\n",
             LIMIT,
         )
         .unwrap();
@@ -358,10 +342,10 @@ fn a_terminal_runs_one_program_at_a_time() {
         ("b", "[ -e flag ] && echo c"),
     ]);
     scripts
-        .transcript("$ cargo run --bin a\n...\n$ cargo run --bin b\nc\n", LIMIT)
+        .transcript("$ cargo lab run a\n...\n$ cargo lab run b\nc\n", LIMIT)
         .unwrap();
     let text = scripts
-        .transcript("$ cargo run --bin a\na\n$ cargo run --bin b\nc\n", LIMIT)
+        .transcript("$ cargo lab run a\na\n$ cargo lab run b\nc\n", LIMIT)
         .unwrap_err();
     assert_has(&text, &["3: a printed something else: \"b\" does not fit"]);
 }
@@ -381,7 +365,7 @@ fn faults_come_in_their_place() {
             format!("{} faults\n", seen.borrow().len()),
         )?)
     };
-    let block = "1$ cargo run --bin a\nready\n2$ cargo lab kill kafka.2\n...\n2$ cargo lab restart kafka\n1^C\n2 faults\n";
+    let block = "1$ cargo lab run a\nready\n2$ cargo lab kill kafka.2\n...\n2$ cargo lab restart kafka\n1^C\n2 faults\n";
     scripts.transcript_with(block, LIMIT, &fault).unwrap();
     assert_eq!(
         seen.into_inner(),
@@ -398,7 +382,7 @@ fn faults_come_in_their_place() {
 
 #[test]
 fn only_programs_of_the_package() {
-    let text = failure("echo a", "$ cargo run --bin other\n", LIMIT);
+    let text = failure("echo a", "$ cargo lab run other\n", LIMIT);
     assert_has(&text, &["3: other is no binary of this package"]);
 }
 
@@ -412,7 +396,7 @@ fn a_failed_transcript_leaves_nothing_running() {
         ("b", "exit 1"),
     ]);
     scripts
-        .transcript("1$ cargo run --bin a\na\n2$ cargo run --bin b\nb\n", LIMIT)
+        .transcript("1$ cargo lab run a\na\n2$ cargo lab run b\nb\n", LIMIT)
         .unwrap_err();
     assert!(!is_alive(written(&scripts.path("pid")).parse().unwrap()));
     let child: u32 = written(&scripts.path("child")).parse().unwrap();
