@@ -49,12 +49,11 @@ use snapbox::Data;
 use snapbox::filter::NormalizeToExpected;
 use snapbox::report::{Palette, write_diff};
 
-use super::{Example, Progress, Running, exit_code};
+use super::example::{Example, Progress, Running, exit_code};
 
 /// One `console` block of a header.
 #[derive(Clone, Debug)]
 pub struct Transcript {
-    line: usize,
     steps: Vec<Step>,
 }
 
@@ -196,7 +195,7 @@ impl Transcript {
             };
             parsed.map_err(|reason| Failure { line, reason })?;
         }
-        let transcript = Transcript { line, steps };
+        let transcript = Transcript { steps };
         for (at, step) in transcript.steps.iter().enumerate() {
             if step.exit.is_some() && transcript.rest_of_run(at).nth(1).is_some() {
                 return Err(Failure {
@@ -216,11 +215,6 @@ impl Transcript {
             });
         }
         Ok(transcript)
-    }
-
-    /// The line of the file on which the block starts.
-    pub fn line(&self) -> usize {
-        self.line
     }
 
     /// The names of the programs that it runs.
@@ -799,7 +793,6 @@ mod tests {
         let [transcript] = transcripts.as_slice() else {
             panic!("{transcripts:?}")
         };
-        assert_eq!(transcript.line(), 11);
         let steps: Vec<_> = transcript
             .steps
             .iter()
