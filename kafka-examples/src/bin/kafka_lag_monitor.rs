@@ -182,10 +182,11 @@ impl Monitor {
             Some(group) => vec![group],
             None => {
                 let list = any.fetch_group_list(None, PATIENCE)?;
-                list.groups()
-                    .iter()
-                    .map(|group| group.name().to_owned())
-                    .collect()
+                let listed = list.groups().iter().map(|group| group.name().to_owned());
+                // Whoever has just taken over from a broker that died lists none of its groups for a moment.
+                let known = before.keys().map(|(group, ..)| group.clone());
+                let groups: BTreeSet<String> = listed.chain(known).collect();
+                groups.into_iter().collect()
             }
         };
         // Each has threads and connections.
@@ -260,7 +261,7 @@ impl Monitor {
 }
 
 /// One line per partition whose backlog has changed, and one per partition of which nothing is known any more: the
-/// group was deleted, or its positions have expired. A broker that has just started may list no groups for a moment.
+/// group was deleted, or its positions have expired.
 fn report(before: &Lags, now: &Lags) {
     for (group, topic, partition) in before.keys().filter(|at| !now.contains_key(at)) {
         println!("gone: {group} has no position on {topic}/{partition}");
