@@ -60,12 +60,13 @@ fn every_line_is_one_document_whatever_is_killed() -> Result<()> {
         )
         .spawn()
     };
+    // Small batches, so that it is at work for seconds, and each kill falls into that.
     let aggregate = || {
         program(
             &kafka,
             &store.address(),
             index,
-            &["aggregate", "--instance", "one"],
+            &["aggregate", "--instance", "one", "--batch", "10"],
         )
         .spawn()
     };
