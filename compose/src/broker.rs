@@ -1,8 +1,6 @@
 //! A running broker: started, watched, broken on purpose, stopped.
 
-use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -12,10 +10,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
 
+use crate::files::tail;
 use crate::home::Home;
+use crate::ports::Ports;
+use crate::probe::{self, Found};
 use crate::process::Supervised;
-use crate::recipe::{self, Node, Ports, Setup};
-use crate::{Service, fetch, probe};
+use crate::services::{self, Node, Setup};
+use crate::{Service, docker};
+
+#[cfg(test)]
+mod tests;
 
 /// How long a broker may take until it serves. Generous: two cores may be busy with a build.
 const START_LIMIT: Duration = Duration::from_secs(180);
@@ -27,7 +31,7 @@ const ARCHIVE_GRACE: Duration = Duration::from_secs(120);
 
 /// What a service runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Backend {
+pub(crate) enum Backend {
     /// The real broker, as a process.
     Native,
     /// The real broker, in a container.
@@ -65,15 +69,6 @@ struct Running {
     process: Mutex<Option<Supervised>>,
 }
 
-/// The state of one node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NodeState {
-    /// The process is there. A paused one counts as running: only the operating system knows.
-    Running,
-    /// The process has ended.
-    Ended,
-}
-
 impl Broker {
     /// Starts one node for this process alone: on free ports, with empty storage in a temporary folder, and gone without
     /// a trace afterwards. This is what tests use.
@@ -95,24 +90,21 @@ impl Broker {
             .tempdir()
             .context("cannot create a temporary folder")?;
         let folder = temporary.path().to_owned();
-        let setup = recipe::setup(service, &home, &folder, nodes, Ports::Free)?;
+        let setup = services::prepare(service, &home, &folder, nodes, Ports::Free)?;
+        let logs = folder.clone();
         Broker::launch(
             service,
             Backend::Native,
             setup,
-            folder.clone(),
-            &folder,
+            folder,
+            &logs,
             Some(temporary),
         )
     }
 
     /// Starts the learner's broker: on the ports of [`Ports::from_env`], with storage that is kept between runs.
-    ///
-    /// # Errors
-    /// The broker cannot be had, a port is taken, or it does not start.
-    pub fn shared(service: Service, home: &Home, nodes: u16, fresh: bool) -> Result<Broker> {
-        let version = version(service);
-        let mut name = format!("{service}-{version}");
+    pub(crate) fn shared(service: Service, home: &Home, nodes: u16, fresh: bool) -> Result<Broker> {
+        let mut name = format!("{service}-{}", service.version());
         if nodes > 1 {
             name += &format!("-{nodes}-nodes");
         }
@@ -121,51 +113,34 @@ impl Broker {
             fs::remove_dir_all(&folder)
                 .with_context(|| format!("cannot delete {}", folder.display()))?;
         }
-        let setup = recipe::setup(service, home, &folder, nodes, Ports::from_env(service)?)?;
-        let logs = home.logs();
-        Broker::launch(service, Backend::Native, setup, folder, &logs, None)
+        let ports = Ports::from_env(service)?;
+        let setup = services::prepare(service, home, &folder, nodes, ports)?;
+        Broker::launch(service, Backend::Native, setup, folder, &home.logs(), None)
     }
 
     /// Starts the service's container, on the default ports.
-    ///
-    /// # Errors
-    /// A port is taken, or Docker cannot start it.
-    pub fn docker(service: Service, home: &Home) -> Result<Broker> {
-        recipe::require_free(service, service.default_port())?;
-        let setup = Setup::foreign(crate::docker::node(service));
-        Broker::launch(
-            service,
-            Backend::Docker,
-            setup,
-            PathBuf::new(),
-            &home.logs(),
-            None,
-        )
+    pub(crate) fn docker(service: Service, home: &Home) -> Result<Broker> {
+        services::require_free(service, service.spec().facts().port)?;
+        let setup = Setup::of(vec![docker::node(service)], Some(service.version()));
+        let folder = PathBuf::new();
+        Broker::launch(service, Backend::Docker, setup, folder, &home.logs(), None)
     }
 
-    /// Starts librdkafka's mock cluster: the example `kafka_mock_cluster`, whose binary is given.
-    ///
-    /// # Errors
-    /// It does not start.
-    pub fn mock(program: &Path, home: &Home) -> Result<Broker> {
+    /// Starts what stands in for the service, a program that says on which port it listens.
+    pub(crate) fn mock(service: Service, program: &Path, home: &Home) -> Result<Broker> {
         let node = Node {
             number: 1,
             prepare: None,
             run: Command::new(program),
-            address: String::new(),
+            host: String::new(),
             web: None,
-            health: Vec::new(),
         };
-        let mut broker = Broker::prepare(
-            Service::Kafka,
-            Backend::Mock,
-            Setup::foreign(node),
-            PathBuf::new(),
-            &home.logs(),
-            None,
-        )?;
+        let setup = Setup::of(vec![node], None);
+        let folder = PathBuf::new();
+        let mut broker =
+            Broker::prepare(service, Backend::Mock, setup, folder, &home.logs(), None)?;
         broker.spawn(1)?;
-        broker.setup.nodes[0].address = broker.await_address()?;
+        broker.setup.nodes[0].host = broker.await_address()?;
         broker.await_ready(1)?;
         Ok(broker)
     }
@@ -211,7 +186,7 @@ impl Broker {
             if let Some(prepare) = node.prepare.take() {
                 let status = Supervised::spawn(&prepare, out, err, None)?.wait()?;
                 if !status.success() {
-                    return Err(epitaph(service, setup.program.as_deref(), &log));
+                    return Err(epitaph(service, &log));
                 }
             }
         }
@@ -240,53 +215,32 @@ impl Broker {
     }
 
     /// What it runs on.
-    pub fn backend(&self) -> Backend {
+    pub(crate) fn backend(&self) -> Backend {
         self.backend
+    }
+
+    /// The version of what runs, if it is known.
+    pub fn version(&self) -> Option<&str> {
+        self.setup.version.as_deref()
     }
 
     /// The address in the form that the service's environment variable takes, with all nodes where clients accept a list.
     pub fn address(&self) -> String {
-        let hosts: Vec<_> = self
-            .setup
-            .nodes
-            .iter()
-            .map(|node| node.address.clone())
-            .collect();
+        let nodes = self.setup.nodes.iter();
+        let hosts: Vec<_> = nodes.map(|node| node.host.clone()).collect();
         self.service.address(&hosts)
     }
 
     /// The web consoles or admin interfaces, one per node that has one.
     pub fn web(&self) -> Vec<String> {
-        self.setup
-            .nodes
-            .iter()
-            .filter_map(|node| node.web.clone())
-            .collect()
+        let nodes = self.setup.nodes.iter();
+        nodes.filter_map(|node| node.web.clone()).collect()
     }
 
     /// What to set in the environment of an example so that it finds this broker. Pulsar's second node is in
     /// `PULSAR_ADDRESS_B` and `PULSAR_ADMIN_URL_B`, a third in `…_C`.
     pub fn env(&self) -> Vec<(String, String)> {
-        let mut variables = vec![(self.service.variable().to_owned(), self.address())];
-        if let (Some(name), Some(web)) =
-            (self.service.web_variable(), self.web().into_iter().next())
-        {
-            variables.push((name.to_owned(), web));
-        }
-        // A client of Pulsar takes one address, and each node is a cluster of its own.
-        if self.service == Service::Pulsar {
-            for (node, letter) in self.setup.nodes.iter().skip(1).zip('B'..='Z') {
-                let name = format!("{}_{letter}", self.service.variable());
-                variables.push((
-                    name,
-                    self.service.address(std::slice::from_ref(&node.address)),
-                ));
-                if let (Some(name), Some(web)) = (self.service.web_variable(), &node.web) {
-                    variables.push((format!("{name}_{letter}"), web.clone()));
-                }
-            }
-        }
-        variables
+        self.service.spec().env(&self.setup.nodes)
     }
 
     /// The numbers of the nodes, from 1.
@@ -315,20 +269,14 @@ impl Broker {
         Ok(self.lock(node)?.as_ref().map(Supervised::pid))
     }
 
-    /// Whether the node's process is there.
+    /// Whether the node's process is there. A paused one counts as running: only the operating system knows.
     ///
     /// # Errors
     /// There is no such node.
-    pub fn state(&self, node: u16) -> Result<NodeState> {
-        match self
-            .lock(node)?
-            .as_mut()
-            .map(Supervised::try_wait)
-            .transpose()?
-        {
-            Some(None) => Ok(NodeState::Running),
-            Some(Some(_)) | None => Ok(NodeState::Ended),
-        }
+    pub fn is_running(&self, node: u16) -> Result<bool> {
+        let mut process = self.lock(node)?;
+        let status = process.as_mut().map(Supervised::try_wait).transpose()?;
+        Ok(matches!(status, Some(None)))
     }
 
     /// SIGKILL: the node is gone at once, without a word to its clients. What it had written stays, since the operating
@@ -339,7 +287,7 @@ impl Broker {
     pub fn kill(&self, node: u16) -> Result<()> {
         let mut process = self.lock(node)?;
         if let Backend::Docker = self.backend {
-            return crate::docker::signal(self.service, "kill");
+            return docker::signal(self.service, "kill");
         }
         match process.take() {
             Some(mut process) => process.kill().map(drop),
@@ -371,7 +319,7 @@ impl Broker {
         match self.backend {
             Backend::Native => {}
             Backend::Docker => {
-                crate::docker::signal(self.service, "restart")?;
+                docker::signal(self.service, "restart")?;
                 return self.await_ready(node);
             }
             Backend::Mock => bail!("the mock cluster keeps nothing, so it cannot be restarted"),
@@ -449,7 +397,7 @@ impl Broker {
         docker: &str,
     ) -> Result<()> {
         if let Backend::Docker = self.backend {
-            return crate::docker::signal(self.service, docker);
+            return docker::signal(self.service, docker);
         }
         match self.lock(node)?.as_ref() {
             Some(process) => send(process),
@@ -466,7 +414,7 @@ impl Broker {
                 command.arg("-rf").arg(folder.path());
                 Some(command)
             }
-            (None, Backend::Docker) => Some(crate::docker::compose(&[
+            (None, Backend::Docker) => Some(docker::compose(&[
                 "rm",
                 "--stop",
                 "--force",
@@ -482,44 +430,54 @@ impl Broker {
     fn await_address(&self) -> Result<String> {
         let log = self.log(1)?;
         let deadline = Instant::now() + START_LIMIT;
-        while self.state(1)? == NodeState::Running && Instant::now() < deadline {
+        while self.is_running(1)? && Instant::now() < deadline {
             let text = fs::read_to_string(log).unwrap_or_default();
-            let line = text
-                .split_inclusive('\n')
-                .find_map(|line| line.strip_prefix("KAFKA_BROKERS="));
+            let line = text.split_inclusive('\n').find_map(|line| {
+                line.strip_prefix(self.service.variable())?
+                    .strip_prefix('=')
+            });
             if let Some(address) = line.and_then(|line| line.strip_suffix('\n')) {
                 return Ok(address.to_owned());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
         bail!(
-            "the mock cluster died at start. The last lines of {}:\n{}",
+            "the mock of {} died at start. The last lines of {}:\n{}",
+            self.service,
             log.display(),
             tail(log, 15)
         )
     }
 
     fn await_ready(&self, number: u16) -> Result<()> {
-        let service = self.service;
+        let (service, spec) = (self.service, self.service.spec());
         let node = &self.setup.nodes[usize::from(number) - 1];
+        // A mock has several in one process, and no pages.
+        let host = node.host.split(',').next().unwrap_or_default();
+        let pages = match self.backend {
+            Backend::Mock => Vec::new(),
+            Backend::Native | Backend::Docker => {
+                spec.health(host, node.web.as_deref().unwrap_or_default())
+            }
+        };
         let log = self.log(number)?;
         let deadline = Instant::now() + START_LIMIT;
         loop {
             let patience = Duration::from_secs(5);
-            let ready = probe::probe(service, &node.address, patience) == probe::Found::Ready
-                && node.health.iter().all(|page| {
+            let ready = service.probe(host, patience) == Found::Ready
+                && pages.iter().all(|page| {
                     probe::http_get(page, patience).is_some_and(|(status, _)| status == 200)
                 });
             if ready {
                 return Ok(());
             }
-            if self.state(number)? == NodeState::Ended {
-                return Err(epitaph(service, self.setup.program.as_deref(), log));
+            if !self.is_running(number)? {
+                return Err(epitaph(service, log));
             }
             if Instant::now() > deadline {
                 bail!(
                     "{service} does not serve at {} after {} seconds. The last lines of {}:\n{}",
-                    node.address,
+                    node.host,
                     START_LIMIT.as_secs(),
                     log.display(),
                     tail(log, 15)
@@ -548,12 +506,7 @@ impl Drop for Broker {
     }
 }
 
-/// Why a broker died at start, as well as can be told.
-fn epitaph(service: Service, program: Option<&Path>, log: &Path) -> anyhow::Error {
-    // A damaged program is the one reason that the log does not name.
-    if let Some(Err(damage)) = program.map(fetch::verify) {
-        return damage.context(format!("{service} died at start: its program is damaged"));
-    }
+fn epitaph(service: Service, log: &Path) -> anyhow::Error {
     anyhow!(
         "{service} died at start. The last lines of {}:\n{}",
         log.display(),
@@ -562,7 +515,7 @@ fn epitaph(service: Service, program: Option<&Path>, log: &Path) -> anyhow::Erro
 }
 
 /// The file that a node writes its output to.
-pub fn log_path(folder: &Path, service: Service, node: u16) -> PathBuf {
+pub(crate) fn log_path(folder: &Path, service: Service, node: u16) -> PathBuf {
     folder.join(format!("{service}-{node}.log"))
 }
 
@@ -579,43 +532,4 @@ fn log_streams(path: &Path, fresh: bool) -> Result<(Stdio, Stdio)> {
         out.set_len(0)?;
     }
     Ok((out.into(), open()?.into()))
-}
-
-fn version(service: Service) -> String {
-    let all = fetch::versions();
-    all.into_iter()
-        .find_map(|(name, version)| (name == service.name()).then_some(version))
-        .unwrap_or_default()
-}
-
-/// The last lines of a log, indented, long ones cut.
-pub fn tail(path: &Path, count: usize) -> String {
-    let Ok(file) = File::open(path) else {
-        return format!("    (no log at {})", path.display());
-    };
-    let mut lines = VecDeque::new();
-    let mut reader = BufReader::new(file);
-    let mut line = Vec::new();
-    while reader
-        .read_until(b'\n', &mut line)
-        .is_ok_and(|length| length > 0)
-    {
-        let text: String = String::from_utf8_lossy(&line)
-            .trim_end()
-            .chars()
-            .take(300)
-            .collect();
-        if !text.is_empty() {
-            lines.push_back(format!("    {text}"));
-        }
-        if lines.len() > count {
-            lines.pop_front();
-        }
-        line.clear();
-    }
-    if lines.is_empty() {
-        "    (it wrote nothing)".to_owned()
-    } else {
-        Vec::from(lines).join("\n")
-    }
 }

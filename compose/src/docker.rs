@@ -6,10 +6,10 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::Service;
-use crate::recipe::Node;
+use crate::services::Node;
 
 /// Whether a Docker engine answers and the client has `docker compose`. The client alone is not enough.
-pub fn answers() -> bool {
+pub(crate) fn answers() -> bool {
     let succeeds = |arguments: &[&str]| {
         Command::new("docker")
             .args(arguments)
@@ -23,7 +23,7 @@ pub fn answers() -> bool {
 }
 
 /// `docker compose` on the project's file with these arguments.
-pub fn compose(arguments: &[&str]) -> Command {
+pub(crate) fn compose(arguments: &[&str]) -> Command {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("compose.yaml");
     let mut command = Command::new("docker");
     command
@@ -42,22 +42,15 @@ pub fn compose(arguments: &[&str]) -> Command {
 
 /// The service as a node whose process is `docker compose up`, which stops the container when it is stopped itself.
 pub(crate) fn node(service: Service) -> Node {
-    let web = service
-        .default_web_port()
-        .map(|port| format!("http://127.0.0.1:{port}"));
-    let health = match (service, &web) {
-        (Service::RabbitMq, Some(web)) => Some(format!("{web}/api/overview")),
-        (Service::Nats, Some(web)) => Some(format!("{web}/healthz")),
-        (Service::Pulsar, Some(web)) => Some(format!("{web}/admin/v2/brokers/health")),
-        _ => None,
-    };
+    let facts = service.spec().facts();
     Node {
         number: 1,
         prepare: None,
         run: compose(&["up", "--no-log-prefix", service.name()]),
-        address: format!("127.0.0.1:{}", service.default_port()),
-        web,
-        health: health.into_iter().collect(),
+        host: format!("127.0.0.1:{}", facts.port),
+        web: facts
+            .web
+            .map(|web| format!("http://127.0.0.1:{}", web.port)),
     }
 }
 

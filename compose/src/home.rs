@@ -10,13 +10,13 @@ use anyhow::{Context, Result, bail};
 ///
 /// It is `LAB_HOME` if that is set, else `messaging-lab` in the platform's cache folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Home {
+pub(crate) struct Home {
     root: PathBuf,
 }
 
 impl Home {
     /// The folder that the environment names; fails readably if it cannot be written to.
-    pub fn from_env() -> Result<Home> {
+    pub(crate) fn from_env() -> Result<Home> {
         let home = match env::var_os("LAB_HOME").filter(|value| !value.is_empty()) {
             Some(path) => Home::at(path),
             None => match dirs::cache_dir() {
@@ -31,7 +31,7 @@ impl Home {
     }
 
     /// A home at a given path. A relative path is taken from the current folder, now and not later.
-    pub fn at(path: impl Into<PathBuf>) -> Home {
+    pub(crate) fn at(path: impl Into<PathBuf>) -> Home {
         let path = path.into();
         Home {
             root: std::path::absolute(&path).unwrap_or(path),
@@ -39,7 +39,7 @@ impl Home {
     }
 
     /// Creates the folder with its sub-folders and tries to write there.
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         let advice = || {
             format!(
                 "cannot write to {}, where the brokers are kept: set LAB_HOME to a folder that you may write to",
@@ -54,7 +54,7 @@ impl Home {
     }
 
     /// The folder itself.
-    pub fn root(&self) -> &Path {
+    pub(crate) fn root(&self) -> &Path {
         &self.root
     }
 
@@ -62,23 +62,23 @@ impl Home {
     ///
     /// Links are resolved: some programs have their own path written into them, and one folder of programs may serve
     /// several homes.
-    pub fn programs(&self) -> PathBuf {
+    pub(crate) fn programs(&self) -> PathBuf {
         let folder = self.folder("programs");
         fs::canonicalize(&folder).unwrap_or(folder)
     }
 
     /// What the brokers store.
-    pub fn data(&self) -> PathBuf {
+    pub(crate) fn data(&self) -> PathBuf {
         self.folder("data")
     }
 
     /// What is known about the brokers that run now.
-    pub fn run(&self) -> PathBuf {
+    pub(crate) fn run(&self) -> PathBuf {
         self.folder("run")
     }
 
     /// The output of the brokers and of the tools that fetch them.
-    pub fn logs(&self) -> PathBuf {
+    pub(crate) fn logs(&self) -> PathBuf {
         self.folder("logs")
     }
 

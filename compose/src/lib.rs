@@ -1,23 +1,28 @@
 //! Real brokers under the examples, with no set-up.
 //!
-//! [`Broker`] is a running Kafka, RabbitMQ, NATS, Pulsar or OpenSearch that dies with the process that started it,
-//! whatever way that process ends. Tests start private ones on free ports; `cargo lab` starts the learner's on the
-//! default ports. [`workspace`] knows the examples and what each needs. With the feature `harness` there is also what
-//! their tests are made of: running a header's transcript, and breaking things on purpose.
+//! [`Broker`] is a running [`Service`], such as Kafka, that dies with the process that started it, whatever way that
+//! process ends. Tests start private ones on free ports; `cargo lab` starts the learner's
+//! on the default ports. With the feature `harness` there is also what the tests of the examples are made of: running a
+//! header's transcript, and breaking things on purpose.
 
-pub mod broker;
-pub mod docker;
-pub mod fetch;
+mod broker;
+mod docker;
+mod fetch;
+mod files;
 #[cfg(feature = "harness")]
 pub mod harness;
-pub mod home;
-pub mod ports;
-pub mod probe;
-pub mod process;
-pub mod recipe;
-pub mod registry;
-pub mod service;
-pub mod workspace;
+mod home;
+// These panic when the reader of a pipe has left.
+#[deny(clippy::print_stdout, clippy::print_stderr)]
+mod lab;
+mod ports;
+mod probe;
+mod process;
+mod services;
+mod terminal;
+mod workspace;
 
 pub use broker::Broker;
-pub use service::Service;
+#[doc(hidden)]
+pub use lab::main as lab;
+pub use services::Service;

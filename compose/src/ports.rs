@@ -11,13 +11,54 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-const RANGE: Range<u16> = 20_000..32_000;
+use crate::Service;
+
+pub(crate) const RANGE: Range<u16> = 20_000..32_000;
+
+/// Which ports a broker listens on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ports {
+    /// This one for clients, the next numbers for those of further nodes, and the customary ones for web consoles.
+    From(u16),
+    /// Ones that nobody else has or will have.
+    Free,
+}
+
+impl Ports {
+    /// What `LAB_PORTS` says of this service: `free`, or a list such as `kafka=19092,nats=14222`. Without it, the ports
+    /// that clients expect.
+    ///
+    /// # Errors
+    /// The variable is not understood.
+    pub(crate) fn from_env(service: Service) -> Result<Ports> {
+        let text = std::env::var("LAB_PORTS").unwrap_or_default();
+        if text == "free" {
+            return Ok(Ports::Free);
+        }
+        for item in text.split(',').filter(|item| !item.is_empty()) {
+            let parsed = item.split_once('=').and_then(|(name, port)| {
+                Some((
+                    name.trim().parse::<Service>().ok()?,
+                    port.trim().parse::<u16>().ok()?,
+                ))
+            });
+            match parsed {
+                Some((named, port)) if named == service => return Ok(Ports::From(port)),
+                Some(_) => {}
+                None => bail!(
+                    "LAB_PORTS has '{item}'; it is 'free', or a list such as 'kafka=19092,nats=14222'"
+                ),
+            }
+        }
+        Ok(Ports::From(service.spec().facts().port))
+    }
+}
 
 /// A port that is this process's until dropped.
 #[derive(Debug)]
-pub struct Claim {
+pub(crate) struct Claim {
     /// The port's number.
-    pub port: u16,
+    pub(crate) port: u16,
     _lock: File,
 }
 
@@ -25,7 +66,7 @@ pub struct Claim {
 ///
 /// # Errors
 /// The folder for the locks cannot be written, or no port is left.
-pub fn claim() -> Result<Claim> {
+pub(crate) fn claim() -> Result<Claim> {
     claim_in(RANGE)
 }
 
@@ -33,7 +74,7 @@ pub fn claim() -> Result<Claim> {
 ///
 /// # Errors
 /// The folder for the locks cannot be written, or no port is left.
-pub fn claim_in(range: Range<u16>) -> Result<Claim> {
+pub(crate) fn claim_in(range: Range<u16>) -> Result<Claim> {
     let folder = folder()?;
     let count = u32::from(range.end - range.start);
     // Spread the starting points, so that processes side by side rarely try the same ports.
@@ -55,7 +96,7 @@ pub fn claim_in(range: Range<u16>) -> Result<Claim> {
 }
 
 /// Whether nothing on this machine listens on the port.
-pub fn is_free(port: u16) -> bool {
+pub(crate) fn is_free(port: u16) -> bool {
     TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
         && TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 /// What was found at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Found {
+pub(crate) enum Found {
     /// Nothing listens.
     Nothing,
     /// The service answered in its own protocol.
@@ -18,58 +18,61 @@ pub enum Found {
     Other,
 }
 
-/// A question in a broker's protocol, and how its answer begins.
-struct Handshake {
-    ask: &'static [u8],
-    answer: fn(&[u8]) -> bool,
+/// How a service is known from others.
+pub(crate) enum Greeting {
+    /// A question in its protocol, and how its answer begins.
+    Handshake {
+        ask: &'static [u8],
+        answer: fn(&[u8]) -> bool,
+    },
+    /// A page that has this text.
+    Page {
+        path: &'static str,
+        has: &'static str,
+    },
 }
 
-/// ApiVersions request, version 0, correlation id 7, no client id.
-const KAFKA: Handshake = Handshake {
-    ask: &[0, 0, 0, 10, 0, 18, 0, 0, 0, 0, 0, 7, 0xff, 0xff],
-    answer: |bytes| bytes.len() >= 10 && bytes[4..10] == [0, 0, 0, 7, 0, 0],
-};
+/// Greets whoever listens at `host:port`, waiting at most `patience` for each step.
+pub(crate) fn greet(greeting: &Greeting, host: &str, patience: Duration) -> Found {
+    let Some(stream) = connect(host, patience) else {
+        return Found::Nothing;
+    };
+    let is_right = match greeting {
+        Greeting::Handshake { ask, answer } => shake_hands(stream, ask, *answer, patience),
+        Greeting::Page { path, has } => {
+            let page = http_get(&format!("http://{host}{path}"), patience);
+            page.is_some_and(|(status, body)| status == 200 && body.contains(has))
+        }
+    };
+    if is_right { Found::Ready } else { Found::Other }
+}
 
-/// The protocol header of AMQP 0-9-1, answered by the method frame Connection.Start.
-const AMQP: Handshake = Handshake {
-    ask: b"AMQP\x00\x00\x09\x01",
-    answer: |bytes| bytes.len() >= 11 && bytes[0] == 1 && bytes[7..11] == [0, 10, 0, 10],
-};
-
-/// The server speaks first.
-const NATS: Handshake = Handshake {
-    ask: b"",
-    answer: |bytes| bytes.starts_with(b"INFO {"),
-};
-
-/// CONNECT with client version "lab" and protocol version 15, answered by CONNECTED (3).
-const PULSAR: Handshake = Handshake {
-    ask: &[
-        0, 0, 0, 15, 0, 0, 0, 11, 0x08, 2, 0x12, 7, 0x0a, 3, b'l', b'a', b'b', 0x20, 15,
-    ],
-    answer: |bytes| bytes.len() >= 10 && bytes[8..10] == [0x08, 3],
-};
-
-/// Asks the service at `host:port`, the first of several with commas between, waiting at most `patience` for each step.
-pub fn probe(service: crate::Service, address: &str, patience: Duration) -> Found {
-    let address = address.split(',').next().unwrap_or(address);
-    match service {
-        crate::Service::Kafka => handshake(address, &KAFKA, patience),
-        crate::Service::RabbitMq => handshake(address, &AMQP, patience),
-        crate::Service::Nats => handshake(address, &NATS, patience),
-        crate::Service::Pulsar => handshake(address, &PULSAR, patience),
-        crate::Service::OpenSearch => {
-            let body = http_get(&format!("http://{address}/"), patience);
-            match body {
-                Some((200, body)) if body.contains("\"cluster_name\"") => Found::Ready,
-                _ if connect(address, patience).is_none() => Found::Nothing,
-                _ => Found::Other,
-            }
+fn shake_hands(
+    mut stream: TcpStream,
+    ask: &[u8],
+    is_answer: fn(&[u8]) -> bool,
+    patience: Duration,
+) -> bool {
+    let timeouts = stream
+        .set_read_timeout(Some(patience))
+        .and(stream.set_write_timeout(Some(patience)));
+    if timeouts.is_err() || stream.write_all(ask).is_err() {
+        return false;
+    }
+    let mut answer = Vec::new();
+    let mut part = [0; 512];
+    while !is_answer(&answer) {
+        match stream.read(&mut part) {
+            Ok(length @ 1..) if answer.len() < 4096 => answer.extend_from_slice(&part[..length]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Ok(_) | Err(_) => return false,
         }
     }
+    true
 }
 
-/// The status and the body of an HTTP GET; `None` if there was no answer.
+/// The status and the body of an HTTP GET, as RabbitMQ's user `guest` where that matters; `None` if there was no answer
+/// within `patience`.
 pub fn http_get(url: &str, patience: Duration) -> Option<(u16, String)> {
     let agent = ureq::Agent::config_builder()
         .timeout_global(Some(patience))
@@ -90,28 +93,4 @@ pub fn http_get(url: &str, patience: Duration) -> Option<(u16, String)> {
 fn connect(address: &str, patience: Duration) -> Option<TcpStream> {
     let mut addresses = address.to_socket_addrs().ok()?;
     addresses.find_map(|address| TcpStream::connect_timeout(&address, patience).ok())
-}
-
-fn handshake(address: &str, handshake: &Handshake, patience: Duration) -> Found {
-    let Some(mut stream) = connect(address, patience) else {
-        return Found::Nothing;
-    };
-    let timeouts = stream
-        .set_read_timeout(Some(patience))
-        .and(stream.set_write_timeout(Some(patience)));
-    if timeouts.is_err() || stream.write_all(handshake.ask).is_err() {
-        return Found::Other;
-    }
-    let mut answer = Vec::new();
-    let mut part = [0; 512];
-    while !(handshake.answer)(&answer) {
-        match stream.read(&mut part) {
-            Ok(0) => return Found::Other,
-            Ok(length) if answer.len() < 4096 => answer.extend_from_slice(&part[..length]),
-            Ok(_) => return Found::Other,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(_) => return Found::Other,
-        }
-    }
-    Found::Ready
 }

@@ -37,7 +37,7 @@ const TICK: Duration = Duration::from_millis(2);
 
 /// A process that is killed when its owner ends.
 #[derive(Debug)]
-pub struct Supervised {
+pub(crate) struct Supervised {
     child: Child,
     /// Negative for a whole process group, as kill(2) has it.
     target: Pid,
@@ -56,7 +56,7 @@ impl Supervised {
     /// # Errors
     /// The program or `/bin/sh` cannot be started. A program that does not exist is noticed only later, as an exit
     /// with status 127: it is the shell that looks for it.
-    pub fn spawn(
+    pub(crate) fn spawn(
         command: &Command,
         stdout: Stdio,
         stderr: Stdio,
@@ -92,7 +92,7 @@ impl Supervised {
     ///
     /// # Errors
     /// The program cannot be started.
-    pub fn foreground(command: &mut Command) -> Result<Supervised> {
+    pub(crate) fn foreground(command: &mut Command) -> Result<Supervised> {
         let (watcher, mut lifeline) = watch(None)?;
         let child = command
             .spawn()
@@ -110,22 +110,22 @@ impl Supervised {
     }
 
     /// The id of the program itself, which is also that of its process group unless it runs in the foreground.
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// The program's standard input, once.
-    pub fn take_stdin(&mut self) -> Option<ChildStdin> {
+    pub(crate) fn take_stdin(&mut self) -> Option<ChildStdin> {
         self.child.stdin.take()
     }
 
     /// The program's standard output, once, if it was piped.
-    pub fn take_stdout(&mut self) -> Option<ChildStdout> {
+    pub(crate) fn take_stdout(&mut self) -> Option<ChildStdout> {
         self.child.stdout.take()
     }
 
     /// The program's standard error, once, if it was piped.
-    pub fn take_stderr(&mut self) -> Option<ChildStderr> {
+    pub(crate) fn take_stderr(&mut self) -> Option<ChildStderr> {
         self.child.stderr.take()
     }
 
@@ -134,7 +134,7 @@ impl Supervised {
     ///
     /// # Errors
     /// The system refuses.
-    pub fn signal(&self, signal: Signal) -> Result<()> {
+    pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
         if self.status.is_some() && signal != Signal::SIGKILL {
             return Ok(());
         }
@@ -150,7 +150,7 @@ impl Supervised {
     ///
     /// # Errors
     /// The system refuses, or a thread still runs after a minute.
-    pub fn pause(&self) -> Result<()> {
+    pub(crate) fn pause(&self) -> Result<()> {
         // A thread that waits inside the kernel (D) stops before it runs any code of its own again. It may stay there: a
         // shell that has just forked waits for its child, which is stopped before it could begin.
         self.signal_all(Signal::SIGSTOP, |state| matches!(state, 'T' | 't' | 'D'))
@@ -206,7 +206,7 @@ impl Supervised {
     ///
     /// # Errors
     /// The system refuses to say.
-    pub fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
+    pub(crate) fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
         if self.status.is_none() {
             self.status = self.child.try_wait()?;
         }
@@ -217,7 +217,7 @@ impl Supervised {
     ///
     /// # Errors
     /// The system refuses to wait.
-    pub fn wait(&mut self) -> Result<ExitStatus> {
+    pub(crate) fn wait(&mut self) -> Result<ExitStatus> {
         let status = self.child.wait()?;
         self.status = Some(status);
         Ok(status)
@@ -227,7 +227,7 @@ impl Supervised {
     ///
     /// # Errors
     /// The system refuses to wait.
-    pub fn wait_for(&mut self, limit: Duration) -> Result<Option<ExitStatus>> {
+    pub(crate) fn wait_for(&mut self, limit: Duration) -> Result<Option<ExitStatus>> {
         let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.try_wait()? {
@@ -245,7 +245,7 @@ impl Supervised {
     ///
     /// # Errors
     /// The system refuses, or something still runs after a minute.
-    pub fn kill(&mut self) -> Result<ExitStatus> {
+    pub(crate) fn kill(&mut self) -> Result<ExitStatus> {
         self.signal(Signal::SIGKILL)?;
         let status = self.wait()?;
         if self.target.as_raw() < 0 {
@@ -258,7 +258,7 @@ impl Supervised {
     ///
     /// # Errors
     /// The system refuses.
-    pub fn stop(&mut self, grace: Duration) -> Result<ExitStatus> {
+    pub(crate) fn stop(&mut self, grace: Duration) -> Result<ExitStatus> {
         // A stopped process would not see the SIGTERM.
         self.signal(Signal::SIGCONT)?;
         self.signal(Signal::SIGTERM)?;

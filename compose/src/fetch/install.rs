@@ -1,18 +1,17 @@
-//! Makes an installation all or nothing: fetched aside, listed with hashes, moved into place in one step.
+//! Makes an installation all or nothing: fetched aside, listed with sizes, moved into place in one step.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use super::tool::{Log, Progress, say};
+use super::tool::Log;
+use crate::files;
 use crate::home::Home;
+use crate::terminal::{Progress, say};
 
 /// Lists what an installed folder must hold. It is written last, before the folder is moved into place.
 const MANIFEST: &str = ".manifest.json";
@@ -20,33 +19,21 @@ const MANIFEST: &str = ".manifest.json";
 #[derive(Debug, Serialize, Deserialize)]
 struct Manifest {
     /// Changes when the way to fetch changes, so that an old folder of the same version is not taken.
-    recipe: String,
-    files: BTreeMap<String, Entry>,
-}
-
-#[derive(Debug, Serialize, Deserialize, PartialEq, Eq)]
-#[serde(untagged)]
-enum Entry {
-    File { size: u64, sha256: String },
-    Link { target: String },
+    inputs: String,
+    /// The size of each file in bytes; of a link, that of its text.
+    files: BTreeMap<String, u64>,
 }
 
 /// What is to be installed.
-pub(super) struct Recipe<'a> {
+pub(super) struct Recipe {
     /// The folder's name, with the version in it.
-    pub(super) id: &'a str,
+    pub(super) id: String,
     /// What the reader calls it.
-    pub(super) label: &'a str,
-    /// By which tool it comes, for the progress line.
-    pub(super) by: &'a str,
+    pub(super) label: String,
+    /// How it comes, for the progress line: `by Maven`.
+    pub(super) by: &'static str,
     /// Everything that decides the result: a pom, a package list.
-    pub(super) inputs: &'a str,
-}
-
-impl Recipe<'_> {
-    fn fingerprint(&self) -> String {
-        hex(&Sha256::digest(self.inputs.as_bytes()))
-    }
+    pub(super) inputs: String,
 }
 
 /// What a fetch has to work with.
@@ -69,8 +56,8 @@ enum State {
 
 /// The folder of a program if it is installed and whole, judged by names and sizes.
 pub(super) fn installed(home: &Home, recipe: &Recipe) -> Option<PathBuf> {
-    let dir = home.programs().join(recipe.id);
-    matches!(state(&dir, &recipe.fingerprint()), State::Complete).then_some(dir)
+    let dir = home.programs().join(&recipe.id);
+    matches!(state(&dir, &recipe.inputs), State::Complete).then_some(dir)
 }
 
 /// The folder of a program, fetched if it is not there or not whole.
@@ -84,21 +71,21 @@ pub(super) fn install(
     }
     home.check()?;
     let programs = home.programs();
-    let target = programs.join(recipe.id);
+    let target = programs.join(&recipe.id);
     let lock = lock(
         &programs.join(format!(".{}.lock", recipe.id)),
         &format!("{} is being fetched already: waiting for it", recipe.label),
     )?;
-    let damage = match state(&target, &recipe.fingerprint()) {
+    let damage = match state(&target, &recipe.inputs) {
         State::Complete => return Ok(target),
         State::Absent => None,
         State::Damaged(files) => Some(describe(&files)),
     };
     if let Some(damage) = &damage {
-        say(&format!(
+        say!(
             "{} in the cache is damaged ({damage}): fetching it again",
             recipe.label
-        ));
+        );
     }
 
     let result = fetch_aside(home, recipe, &target, fetch);
@@ -127,7 +114,8 @@ fn fetch_aside(
     remove_older(&partial)?;
     fs::create_dir_all(&new).with_context(|| format!("cannot create {}", new.display()))?;
     let mut log = Log::create(home.logs().join(format!("fetch-{}.log", recipe.id)))?;
-    let progress = Progress::start(recipe.label, recipe.by);
+    let title = format!("fetching {} {}", recipe.label, recipe.by);
+    let progress = Progress::titled(&recipe.label, &title);
 
     fetch(&mut Work {
         partial: partial.clone(),
@@ -140,11 +128,11 @@ fn fetch_aside(
     progress.no_steps();
     progress.show("listing what came");
     let manifest = Manifest {
-        recipe: recipe.fingerprint(),
+        inputs: recipe.inputs.clone(),
         files: list(&new)?,
     };
     if manifest.files.is_empty() {
-        bail!("{} brought no files", recipe.by);
+        bail!("nothing came");
     }
     let path = new.join(MANIFEST);
     fs::write(&path, serde_json::to_vec_pretty(&manifest)?)
@@ -159,7 +147,7 @@ fn fetch_aside(
     fs::rename(&new, target).with_context(|| format!("cannot create {}", target.display()))?;
     remove(&old)?;
     remove(&partial)?;
-    let bytes = manifest.files.values().map(Entry::size).sum::<u64>();
+    let bytes = manifest.files.values().sum::<u64>();
     progress.done(&format!(
         "fetched {}: {} files, {:.0} MB,",
         recipe.label,
@@ -181,7 +169,7 @@ pub(super) fn lock(path: &Path, waiting: &str) -> Result<File> {
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            say(waiting);
+            say!("{waiting}");
             file.lock().with_context(context)?;
         }
         Err(TryLockError::Error(error)) => return Err(error).with_context(context),
@@ -190,7 +178,7 @@ pub(super) fn lock(path: &Path, waiting: &str) -> Result<File> {
 }
 
 /// Compares names and sizes with the manifest: quick enough for every start.
-fn state(dir: &Path, recipe: &str) -> State {
+fn state(dir: &Path, inputs: &str) -> State {
     if !dir.exists() {
         return State::Absent;
     }
@@ -198,13 +186,20 @@ fn state(dir: &Path, recipe: &str) -> State {
         Ok(manifest) => manifest,
         Err(_) => return State::Damaged(vec![format!("{MANIFEST}: missing or unreadable")]),
     };
-    if manifest.recipe != recipe {
+    if manifest.inputs != inputs {
         return State::Absent;
     }
     let damaged: Vec<String> = manifest
         .files
         .iter()
-        .filter_map(|(name, entry)| entry.quick_fault(&dir.join(name), name))
+        .filter_map(|(name, size)| match dir.join(name).symlink_metadata() {
+            Ok(meta) if meta.is_dir() => Some(format!("{name}: not a file")),
+            Ok(meta) if meta.len() != *size => {
+                Some(format!("{name}: {} of {size} bytes", meta.len()))
+            }
+            Ok(_) => None,
+            Err(_) => Some(format!("{name}: missing")),
+        })
         .collect();
     if damaged.is_empty() {
         State::Complete
@@ -213,166 +208,21 @@ fn state(dir: &Path, recipe: &str) -> State {
     }
 }
 
-/// Reads every byte and compares hashes; the error names the files that differ.
-pub(super) fn verify(dir: &Path) -> Result<()> {
-    let manifest = read_manifest(dir)?;
-    let entries: Vec<(&String, &Entry)> = manifest.files.iter().collect();
-    let damaged: Vec<String> = in_parallel(&entries, |(name, entry)| {
-        let path = dir.join(name);
-        if let Some(fault) = entry.quick_fault(&path, name) {
-            return Some(fault);
-        }
-        match entry {
-            Entry::Link { .. } => None,
-            Entry::File { sha256, .. } => match hash(&path) {
-                Ok(found) if found == *sha256 => None,
-                Ok(_) => Some(format!("{name}: content differs")),
-                Err(error) => Some(format!("{name}: {error}")),
-            },
-        }
-    })
-    .into_iter()
-    .flatten()
-    .collect();
-    if !damaged.is_empty() {
-        bail!(
-            "{} is damaged ({}): delete the folder, it is fetched again when needed",
-            dir.display(),
-            describe(&damaged)
-        );
-    }
-    Ok(())
-}
-
 fn read_manifest(dir: &Path) -> Result<Manifest> {
-    let path = dir.join(MANIFEST);
-    let bytes = fs::read(&path).with_context(|| {
-        format!(
-            "{} is not a folder that was fetched: cannot read {MANIFEST}",
-            dir.display()
-        )
-    })?;
-    serde_json::from_slice(&bytes).with_context(|| format!("cannot understand {}", path.display()))
+    let text = fs::read(dir.join(MANIFEST))?;
+    Ok(serde_json::from_slice(&text)?)
 }
 
-impl Entry {
-    fn size(&self) -> u64 {
-        match self {
-            Entry::File { size, .. } => *size,
-            Entry::Link { .. } => 0,
-        }
-    }
-
-    fn quick_fault(&self, path: &Path, name: &str) -> Option<String> {
-        match self {
-            Entry::File { size, .. } => match path.symlink_metadata() {
-                Ok(meta) if !meta.is_file() => Some(format!("{name}: not a file")),
-                Ok(meta) if meta.len() != *size => {
-                    Some(format!("{name}: {} of {size} bytes", meta.len()))
-                }
-                Ok(_) => None,
-                Err(_) => Some(format!("{name}: missing")),
-            },
-            Entry::Link { target } => match fs::read_link(path) {
-                Ok(found) if found.as_os_str() == target.as_str() => None,
-                _ => Some(format!("{name}: not a link to {target}")),
-            },
-        }
-    }
-}
-
-/// Every file and link under a folder with its hash.
-fn list(dir: &Path) -> Result<BTreeMap<String, Entry>> {
-    let mut names = Vec::new();
-    walk(dir, dir, &mut names)?;
-    in_parallel(&names, |name| -> Result<(String, Entry)> {
-        let path = dir.join(name);
-        let context = || format!("cannot read {}", path.display());
-        let meta = path.symlink_metadata().with_context(context)?;
-        let entry = if meta.is_symlink() {
-            let target = fs::read_link(&path).with_context(context)?;
-            Entry::Link {
-                target: target.to_string_lossy().into_owned(),
-            }
-        } else {
-            Entry::File {
-                size: meta.len(),
-                sha256: hash(&path).with_context(context)?,
-            }
-        };
-        Ok((name.clone(), entry))
-    })
-    .into_iter()
-    .collect()
-}
-
-fn walk(dir: &Path, base: &Path, names: &mut Vec<String>) -> Result<()> {
-    let context = || format!("cannot read {}", dir.display());
-    for entry in fs::read_dir(dir).with_context(context)? {
-        let entry = entry.with_context(context)?;
-        let path = entry.path();
-        if entry.file_type().with_context(context)?.is_dir() {
-            walk(&path, base, names)?;
-        } else {
-            let name = path.strip_prefix(base).unwrap_or(&path);
-            match name.to_str() {
-                Some(name) => names.push(name.to_owned()),
-                None => bail!("the name of {} is not UTF-8", path.display()),
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Hashing is the slow part; the order of the results is that of the items.
-fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    let threads = thread::available_parallelism()
-        .map_or(1, usize::from)
-        .min(8);
-    let next = AtomicUsize::new(0);
-    let (next, work) = (&next, &work);
-    let mut results: Vec<(usize, R)> = thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads)
-            .map(|_| {
-                scope.spawn(move || {
-                    let mut mine = Vec::new();
-                    loop {
-                        let index = next.fetch_add(1, Ordering::Relaxed);
-                        let Some(item) = items.get(index) else {
-                            return mine;
-                        };
-                        mine.push((index, work(item)));
-                    }
-                })
-            })
-            .collect();
-        workers
-            .into_iter()
-            .flat_map(|worker| match worker.join() {
-                Ok(mine) => mine,
-                Err(panic) => std::panic::resume_unwind(panic),
-            })
-            .collect()
+/// Every file and link under a folder with its size.
+fn list(dir: &Path) -> Result<BTreeMap<String, u64>> {
+    let sizes = files::all_in(dir)?.into_iter().map(|path| {
+        let name = path.strip_prefix(dir).unwrap_or(&path).to_str();
+        let name = name.with_context(|| format!("the name of {} is not UTF-8", path.display()))?;
+        let meta = path.symlink_metadata();
+        let meta = meta.with_context(|| format!("cannot read {}", path.display()))?;
+        Ok((name.to_owned(), meta.len()))
     });
-    results.sort_by_key(|(index, _)| *index);
-    results.into_iter().map(|(_, result)| result).collect()
-}
-
-fn hash(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 64 * 1024];
-    loop {
-        let count = file.read(&mut buffer)?;
-        if count == 0 {
-            return Ok(hex(&hasher.finalize()));
-        }
-        hasher.update(&buffer[..count]);
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    sizes.collect()
 }
 
 fn describe(files: &[String]) -> String {

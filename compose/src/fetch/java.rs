@@ -8,24 +8,32 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use super::{debian, missing, tool, truststore};
+use super::apt::{self, Packages};
+use super::{Advice, tool, truststore};
 use crate::home::Home;
 
 /// What the brokers ask for at least.
 const OLDEST: u32 = 17;
 
-pub(super) struct Java {
-    pub(super) program: PathBuf,
+pub(crate) const ADVICE: Advice = Advice {
+    program: "Java",
+    debian: "openjdk-17-jre-headless",
+    fedora: "java-21-openjdk-headless",
+    brew: "openjdk@21",
+};
+
+pub(crate) struct Java {
+    pub(crate) program: PathBuf,
     /// What JAVA_HOME must be for this one. Not always the program's grandparent: it may be a shim.
-    pub(super) home: PathBuf,
+    pub(crate) home: PathBuf,
 }
 
-pub(super) fn find_or_fetch(home: &Home) -> Result<Java> {
+pub(crate) fn find_or_fetch(home: &Home) -> Result<Java> {
     let too_old = match find() {
         Ok(java) => return Ok(java),
         Err(too_old) => too_old,
     };
-    if debian::available() {
+    if apt::available() {
         let root = package().install(home)?;
         let program = program_in(&root)
             .with_context(|| format!("no bin/java in {}/usr/lib/jvm", root.display()))?;
@@ -41,14 +49,14 @@ pub(super) fn find_or_fetch(home: &Home) -> Result<Java> {
         Some((version, program)) => bail!(
             "{} is Java {version}, and {OLDEST} or newer is needed. {}",
             program.display(),
-            missing("Java")
+            ADVICE
         ),
-        None => bail!("{}", missing("Java")),
+        None => bail!("{}", ADVICE),
     }
 }
 
 /// The machine's own Java; in the error case the one that is too old, if there is one.
-pub(super) fn find() -> Result<Java, Option<(u32, PathBuf)>> {
+pub(crate) fn find() -> Result<Java, Option<(u32, PathBuf)>> {
     let from_home = env::var_os("JAVA_HOME")
         .filter(|home| !home.is_empty())
         .map(|home| Path::new(&home).join("bin/java"))
@@ -89,10 +97,11 @@ fn ask(program: &Path) -> Option<(u32, Java)> {
 }
 
 /// Newer Debians have no 17.
-pub(super) fn package() -> debian::Packages {
-    debian::Packages {
+pub(crate) fn package() -> Packages {
+    Packages {
         name: "java",
         label: "Java",
+        suite: None,
         candidates: &[
             "openjdk-17-jre-headless",
             "openjdk-21-jre-headless",
@@ -100,7 +109,7 @@ pub(super) fn package() -> debian::Packages {
         ],
         // The libraries that it also names are for fonts, printers and smart cards; what it needs to run, apt needs too.
         keep: |package, _| package.starts_with("openjdk-"),
-        finish: |root| {
+        finish: |root, _| {
             let program = program_in(root).context("the package holds no java")?;
             let cacerts = program
                 .ancestors()
@@ -114,7 +123,7 @@ pub(super) fn package() -> debian::Packages {
     }
 }
 
-pub(super) fn program_in(root: &Path) -> Option<PathBuf> {
+fn program_in(root: &Path) -> Option<PathBuf> {
     let mut homes: Vec<PathBuf> = fs::read_dir(root.join("usr/lib/jvm"))
         .ok()?
         .filter_map(|entry| Some(entry.ok()?.path()))

@@ -1,100 +1,130 @@
 //! Programs that are published as jars: Maven works out which, fetches them and checks their sums.
 
+use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use super::apt::{self, Packages};
 use super::install::{self, Recipe, Work};
-use super::{debian, java, missing, tool};
+use super::{Advice, java, tool};
 use crate::home::Home;
 
 /// Pinned, because the version that Maven picks by itself depends on Maven's own version.
-const PLUGIN: &str = "org.apache.maven.plugins:maven-dependency-plugin:3.9.0:copy-dependencies";
+const PLUGIN: &str = "org.apache.maven.plugins:maven-dependency-plugin:3.9.0";
 
-pub(super) struct Jars<'a> {
-    pub(super) id: String,
-    pub(super) label: String,
-    inputs: String,
-    pom: &'a str,
+pub(crate) const ADVICE: Advice = Advice {
+    program: "Maven",
+    debian: "maven",
+    fedora: "maven",
+    brew: "maven",
+};
+
+/// A folder of jars.
+pub(crate) struct Jars {
+    name: &'static str,
+    content: Content,
 }
 
-impl<'a> Jars<'a> {
-    pub(super) fn new(name: &str, version: &str, pom: &'a str) -> Jars<'a> {
-        Jars {
-            id: format!("{name}-{version}"),
-            label: format!("{name} {version}"),
-            inputs: format!("{PLUGIN}\n{pom}"),
-            pom,
-        }
+enum Content {
+    /// A pom that has the version, and depends on all the jars.
+    Pom(&'static str),
+    /// `group:artifact:version:type:classifier` of an archive that has them all.
+    Archive(&'static str),
+}
+
+impl Jars {
+    pub(crate) const fn of_pom(name: &'static str, pom: &'static str) -> Jars {
+        let content = Content::Pom(pom);
+        Jars { name, content }
     }
 
-    fn recipe(&self) -> Recipe<'_> {
+    pub(crate) const fn of_archive(name: &'static str, coordinates: &'static str) -> Jars {
+        let content = Content::Archive(coordinates);
+        Jars { name, content }
+    }
+
+    pub(crate) fn version(&self) -> String {
+        let version = match self.content {
+            Content::Pom(pom) => {
+                let after = pom.split_once("<version>").map_or("", |(_, after)| after);
+                after.split('<').next()
+            }
+            Content::Archive(coordinates) => coordinates.split(':').nth(2),
+        };
+        version.unwrap_or_default().to_owned()
+    }
+
+    fn recipe(&self) -> Recipe {
+        let (Content::Pom(content) | Content::Archive(content)) = self.content;
         Recipe {
-            id: &self.id,
-            label: &self.label,
-            by: "Maven",
-            inputs: &self.inputs,
+            id: format!("{}-{}", self.name, self.version()),
+            label: format!("{} {}", self.name, self.version()),
+            by: "by Maven",
+            inputs: format!("{PLUGIN}\n{content}"),
         }
     }
 
-    pub(super) fn installed(&self, home: &Home) -> Option<PathBuf> {
+    pub(crate) fn installed(&self, home: &Home) -> Option<PathBuf> {
         install::installed(home, &self.recipe())
     }
 
-    pub(super) fn install(&self, home: &Home) -> Result<PathBuf> {
+    pub(crate) fn install(&self, home: &Home) -> Result<PathBuf> {
         if let Some(dir) = self.installed(home) {
             return Ok(dir);
         }
+        let recipe = self.recipe();
         // Fetched under locks and progress lines of their own, hence before this one's.
         let java = java::find_or_fetch(home)
-            .with_context(|| format!("{} runs on Java, which is not here", self.label))?;
+            .with_context(|| format!("{} runs on Java, which is not here", recipe.label))?;
         let maven = find_or_fetch(home)
-            .with_context(|| format!("{} comes by Maven, which is not here", self.label))?;
-        install::install(home, &self.recipe(), |work| {
-            copy_dependencies(work, &java, &maven, self.pom)
-        })
+            .with_context(|| format!("{} comes by Maven, which is not here", recipe.label))?;
+        install::install(home, &recipe, |work| self.fetch(work, &java, &maven))
     }
-}
 
-fn copy_dependencies(
-    work: &mut Work,
-    java: &java::Java,
-    maven: &std::path::Path,
-    pom: &str,
-) -> Result<()> {
-    let pom_path = work.partial.join("pom.xml");
-    fs::write(&pom_path, pom).with_context(|| format!("cannot write {}", pom_path.display()))?;
-    let option = |name: &str, value: &std::path::Path| {
-        let mut option = std::ffi::OsString::from(format!("-D{name}="));
-        option.push(value);
-        option
-    };
-    let mut command = Command::new(maven);
-    command
-        .args(["-B", "--strict-checksums", "-Dstyle.color=never", "-f"])
-        .arg(&pom_path)
-        // A repository of its own, so that nothing half-fetched elsewhere gets in, and nothing is left behind.
-        .arg(option("maven.repo.local", &work.partial.join("repository")))
-        .arg(option("outputDirectory", &work.new))
-        .arg(PLUGIN)
-        .current_dir(&work.partial)
-        .env("JAVA_HOME", &java.home);
-
-    work.progress.show("asking what it needs");
-    let progress = work.progress;
-    let (mut files, mut bytes) = (0_u32, 0.0);
-    tool::run("Maven", &mut command, work.log, |line| {
-        if let Some(size) = downloaded(line) {
-            files += 1;
-            bytes += size;
-            progress.show(format!("{files} files, {:.1} MB", bytes / 1e6));
-        } else if line.contains("Copying ") {
-            progress.show("copying");
+    fn fetch(&self, work: &mut Work, java: &java::Java, maven: &Path) -> Result<()> {
+        let option = |name: &str, value: &Path| {
+            let mut option = OsString::from(format!("-D{name}="));
+            option.push(value);
+            option
+        };
+        let mut command = Command::new(maven);
+        command
+            .args(["-B", "--strict-checksums", "-Dstyle.color=never"])
+            // A repository of its own, so that nothing half-fetched elsewhere gets in, and nothing is left behind.
+            .arg(option("maven.repo.local", &work.partial.join("repository")))
+            .arg(option("outputDirectory", &work.new))
+            .current_dir(&work.partial)
+            .env("JAVA_HOME", &java.home);
+        match self.content {
+            Content::Pom(pom) => {
+                let path = work.partial.join("pom.xml");
+                fs::write(&path, pom)
+                    .with_context(|| format!("cannot write {}", path.display()))?;
+                command.arg("-f").arg(&path);
+                command.arg(format!("{PLUGIN}:copy-dependencies"));
+            }
+            Content::Archive(coordinates) => {
+                command.arg(format!("-Dartifact={}", coordinates.trim()));
+                command.arg(format!("{PLUGIN}:unpack"));
+            }
         }
-    })?;
-    Ok(())
+        work.progress.show("asking what it needs");
+        let progress = work.progress;
+        let (mut files, mut bytes) = (0_u32, 0.0);
+        tool::run("Maven", &command, work.log, |line| {
+            if let Some(size) = downloaded(line) {
+                files += 1;
+                bytes += size;
+                progress.show(format!("{files} files, {:.1} MB", bytes / 1e6));
+            } else if line.contains("Copying ") {
+                progress.show("copying");
+            }
+        })?;
+        Ok(())
+    }
 }
 
 /// The size in a line like `Downloaded from central: … (54 kB at 1.2 MB/s)`.
@@ -115,27 +145,28 @@ fn downloaded(line: &str) -> Option<f64> {
 }
 
 /// Maven on PATH, else Debian's, unpacked into the cache.
-pub(super) fn find_or_fetch(home: &Home) -> Result<PathBuf> {
+fn find_or_fetch(home: &Home) -> Result<PathBuf> {
     if let Some(maven) = tool::which("mvn") {
         return Ok(maven);
     }
-    if !debian::available() {
-        bail!("{}", missing("Maven"));
+    if !apt::available() {
+        bail!("{ADVICE}");
     }
     let root = package().install(home)?;
     Ok(root.join("usr/share/maven/bin/mvn"))
 }
 
 /// Maven is jars alone, so its packages need nothing of the system but Java.
-pub(super) fn package() -> debian::Packages {
-    debian::Packages {
+pub(crate) fn package() -> Packages {
+    Packages {
         name: "maven",
         label: "Maven",
+        suite: None,
         candidates: &["maven"],
         keep: |package, _| {
             package == "maven" || (package.starts_with("lib") && package.ends_with("-java"))
         },
-        finish: |_| Ok(()),
+        finish: |_, _| Ok(()),
     }
 }
 

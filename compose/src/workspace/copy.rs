@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use cargo_metadata::{Dependency, DependencyKind, Package};
 
-use super::{ExampleInfo, Workspace, scan};
+use super::{ExampleInfo, Workspace, mentions};
+use crate::files;
 
 /// The crate whose build script needs protoc, and the one that brings it.
 const NEEDS_PROTOC: &str = "pulsar";
@@ -28,13 +29,13 @@ PROTOC = { value = ".cargo/protoc", relative = true }
 
 /// A constant that names something of the example's own, such as a topic or a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Constant {
+pub(crate) struct Constant {
     /// Its file, as seen from the `src` of the copy.
-    pub file: PathBuf,
+    pub(crate) file: PathBuf,
     /// Its line there, from 1.
-    pub line: usize,
+    pub(crate) line: usize,
     /// The line itself.
-    pub text: String,
+    pub(crate) text: String,
 }
 
 impl ExampleInfo {
@@ -42,7 +43,7 @@ impl ExampleInfo {
     ///
     /// # Errors
     /// A file of the example cannot be read.
-    pub fn names(&self) -> Result<Vec<Constant>> {
+    pub(crate) fn names(&self) -> Result<Vec<Constant>> {
         let mut constants = Vec::new();
         for (file, text) in sources(self)? {
             let lines = text.lines().enumerate().filter(|(_, line)| is_name(line));
@@ -76,7 +77,7 @@ impl Workspace {
     /// # Errors
     /// No example has this name, `path` is a file or a folder that is not empty, the example uses code of this
     /// workspace, or a file cannot be read or written.
-    pub fn new_project(&self, name: &str, path: &Path) -> Result<()> {
+    pub(crate) fn new_project(&self, name: &str, path: &Path) -> Result<()> {
         let example = self.find(name)?;
         check_vacant(path)?;
         let package = self.cargo_package(&example.package)?;
@@ -150,34 +151,24 @@ fn write(path: &Path, text: &str) -> Result<()> {
 
 /// The example's files by their places in `src`. An example in a folder of its own consists of all that is in it.
 fn sources(example: &ExampleInfo) -> Result<BTreeMap<PathBuf, String>> {
-    let mut files = BTreeMap::new();
+    let mut sources = BTreeMap::new();
     let folder = example
         .source
         .parent()
         .filter(|_| example.source.file_name() == Some(OsStr::new("main.rs")));
     // `src/main.rs` shares its folder with everything else of the package.
     match folder.filter(|folder| folder.file_name() != Some(OsStr::new("src"))) {
-        Some(folder) => collect(folder, Path::new(""), &mut files)?,
+        Some(folder) => {
+            for path in files::all_in(folder)? {
+                let place = path.strip_prefix(folder)?.to_owned();
+                sources.insert(place, read(&path)?);
+            }
+        }
         None => {
-            files.insert(PathBuf::from("main.rs"), read(&example.source)?);
+            sources.insert(PathBuf::from("main.rs"), read(&example.source)?);
         }
     }
-    Ok(files)
-}
-
-fn collect(folder: &Path, place: &Path, files: &mut BTreeMap<PathBuf, String>) -> Result<()> {
-    let entries = fs::read_dir(folder)
-        .with_context(|| format!("cannot read the folder {}", folder.display()))?;
-    for entry in entries {
-        let entry = entry?;
-        let place = place.join(entry.file_name());
-        if entry.file_type()?.is_dir() {
-            collect(&entry.path(), &place, files)?;
-        } else {
-            files.insert(place, read(&entry.path())?);
-        }
-    }
-    Ok(())
+    Ok(sources)
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -241,36 +232,23 @@ fn dependencies<'a>(
         .iter()
         .find(|target| target.is_lib())
         .map(|target| target.name.replace('-', "_"));
-    let names: Vec<&str> = known
-        .iter()
-        .map(|(name, _)| name.as_str())
-        .chain(own_library.as_deref())
-        .collect();
-
-    let mut used = BTreeSet::new();
-    for (file, text) in sources
-        .iter()
-        .filter(|(file, _)| file.extension() == Some(OsStr::new("rs")))
-    {
-        scan::crates_used(text, &names, &mut used)
-            .with_context(|| format!("cannot scan {}", file.display()))?;
-    }
+    let is_used = |name: &str| {
+        let mut sources = sources
+            .iter()
+            .filter(|(file, _)| file.extension() == Some(OsStr::new("rs")));
+        sources.any(|(_, text)| mentions(text, name))
+    };
     if let Some(library) = own_library.as_deref()
-        && used.contains(library)
+        && is_used(library)
     {
         bail!(
             "the example uses {library}, the library of its package, so it cannot be copied alone"
         );
     }
-    let mut dependencies = Vec::new();
-    for (name, dependency) in &known {
-        let brings_protoc = dependency.name == BRINGS_PROTOC && used.contains(NEEDS_PROTOC);
-        if !brings_protoc && !used.contains(name.as_str()) {
-            continue;
-        }
-        dependencies.push(*dependency);
-    }
-    Ok(dependencies)
+    let used = known.iter().filter(|(name, dependency)| {
+        is_used(name) || dependency.name == BRINGS_PROTOC && is_used(NEEDS_PROTOC)
+    });
+    Ok(used.map(|(_, dependency)| *dependency).collect())
 }
 
 fn manifest(package: &Package, name: &str, dependencies: &[&Dependency]) -> Result<String> {
@@ -367,17 +345,14 @@ fn requirement(package: &Package, dependency: &Dependency) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Fixture;
+    use super::super::tests::Fixture;
     use super::*;
 
     /// What the folder holds, by path.
     fn files(folder: &Path) -> Vec<String> {
-        let mut files = BTreeMap::new();
-        collect(folder, Path::new(""), &mut files).unwrap();
-        files
-            .keys()
-            .map(|path| path.display().to_string())
-            .collect()
+        let paths = files::all_in(folder).unwrap();
+        let places = paths.iter().map(|path| path.strip_prefix(folder).unwrap());
+        places.map(|place| place.display().to_string()).collect()
     }
 
     #[test]

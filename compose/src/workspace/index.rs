@@ -15,7 +15,7 @@ const MANIFEST: [&str; 2] = ["# index", "# /index"];
 impl Workspace {
     /// The examples as Markdown: one table for a package with links relative to its folder, or for `None` a heading
     /// and a table per package with links relative to the workspace.
-    pub fn index(&self, package: Option<&str>) -> String {
+    pub(crate) fn index(&self, package: Option<&str>) -> String {
         let mut text = String::new();
         for group in self.groups() {
             match package {
@@ -202,7 +202,7 @@ fn filled(text: &str, [start, end]: [&str; 2], index: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Fixture;
+    use super::super::tests::Fixture;
     use super::*;
 
     #[test]

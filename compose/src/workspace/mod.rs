@@ -12,31 +12,22 @@
 //! ```
 //!
 //! Its header, the `//!` lines at the top of the file, is its description; the first line is the title.
-//!
-//! ```no_run
-//! let workspace = compose::workspace::Workspace::load()?;
-//! for group in workspace.groups() {
-//!     println!("{}", group.title);
-//!     for example in &group.examples {
-//!         println!("  {:28} {}", example.name, example.title);
-//!     }
-//! }
-//! # anyhow::Ok(())
-//! ```
 
 mod copy;
 mod index;
-mod scan;
 
-pub use copy::Constant;
+#[cfg(test)]
+mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use cargo_metadata::{Metadata, MetadataCommand, Package, Target};
 use serde::Deserialize;
+
+use crate::Service;
 
 /// The examples of this workspace.
 #[derive(Debug)]
@@ -67,6 +58,7 @@ pub struct ExampleInfo {
     /// The `//!` lines at the top of the file, without the `//!`.
     pub header: String,
     /// The line of the file on which the header starts, counted from 1.
+    #[cfg_attr(not(feature = "harness"), expect(dead_code))]
     pub header_line: usize,
 }
 
@@ -169,7 +161,7 @@ impl Workspace {
 
     /// Whether `cargo build` or `cargo test` has built all packages together. Only then is there the book's library,
     /// which no other package uses.
-    pub fn is_built_as_a_whole(&self, release: bool) -> bool {
+    pub(crate) fn is_built_as_a_whole(&self, release: bool) -> bool {
         let profile = if release { "release" } else { "debug" };
         let built = fs::read_dir(self.target_directory().join(profile).join("deps"));
         let mut names = built.into_iter().flatten().flatten();
@@ -181,6 +173,7 @@ impl Workspace {
     }
 
     /// All examples, by name.
+    #[cfg_attr(not(feature = "harness"), expect(dead_code))]
     pub fn examples(&self) -> &[ExampleInfo] {
         &self.examples
     }
@@ -258,25 +251,32 @@ impl ExampleInfo {
     }
 
     /// The header, and the file in which it stands, relative to the workspace if it is there.
-    pub fn description(&self, workspace: &Path) -> String {
+    pub(crate) fn description(&self, workspace: &Path) -> String {
         let source = self.source.strip_prefix(workspace).unwrap_or(&self.source);
         format!("{}\n{}\n", self.header, source.display())
     }
 
     /// Whether the program understands `--help` by itself. That is so if its main file uses clap: what parses arguments
     /// by hand has its header for that.
-    ///
-    /// # Errors
-    /// The file cannot be read, or is no valid Rust.
-    pub fn parses_arguments(&self) -> Result<bool> {
-        let path = self.source.display();
-        let text =
-            fs::read_to_string(&self.source).with_context(|| format!("cannot read {path}"))?;
-        let mut used = BTreeSet::new();
-        scan::crates_used(&text, &["clap"], &mut used)
-            .with_context(|| format!("cannot scan {path}"))?;
-        Ok(!used.is_empty())
+    pub(crate) fn parses_arguments(&self) -> Result<bool> {
+        let text = fs::read_to_string(&self.source)
+            .with_context(|| format!("cannot read {}", self.source.display()))?;
+        Ok(mentions(&text, "clap"))
     }
+}
+
+/// Whether the code has a path that starts with this crate, or brings it in as a whole. Lines of comment don't count.
+fn mentions(text: &str, name: &str) -> bool {
+    let lines = text.lines().map(str::trim_start);
+    let mut code = lines.filter(|line| !line.starts_with("//"));
+    code.any(|line| {
+        line.match_indices(name).any(|(at, _)| {
+            let starts = !line[..at].ends_with(|c: char| c.is_alphanumeric() || "_:.".contains(c));
+            let after = &line[at + name.len()..];
+            let is_whole = line.starts_with("use ") && after.starts_with([' ', ';']);
+            starts && (after.starts_with("::") || is_whole)
+        })
+    })
 }
 
 /// The first block of `//!` lines and the line on which it starts.
@@ -295,21 +295,17 @@ fn header(text: &str) -> (usize, String) {
 /// "kafka-examples" is "Kafka", "scenarios" is "Scenarios".
 fn heading(package: &str) -> String {
     let name = package.strip_suffix("-examples").unwrap_or(package);
-    match name {
-        "rabbitmq" => "RabbitMQ".to_owned(),
-        "nats" => "NATS".to_owned(),
-        "opensearch" => "OpenSearch".to_owned(),
-        _ => {
-            let mut letters = name.chars();
-            letters.next().map_or_else(String::new, |first| {
-                first.to_uppercase().chain(letters).collect()
-            })
-        }
+    if let Ok(service) = name.parse::<Service>() {
+        return service.spec().facts().title.to_owned();
     }
+    let mut letters = name.chars();
+    letters.next().map_or_else(String::new, |first| {
+        first.to_uppercase().chain(letters).collect()
+    })
 }
 
 /// At most four of `names` that someone who wrote `wanted` may have meant, best first.
-pub fn nearest<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+pub(crate) fn nearest<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let wanted = wanted.to_lowercase().replace('-', "_");
     let mut scored: Vec<(f64, &str)> = names
         .map(|name| {
@@ -322,229 +318,4 @@ pub fn nearest<'a>(wanted: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'
         .collect();
     scored.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1)));
     scored.into_iter().take(4).map(|(_, name)| name).collect()
-}
-
-/// A workspace with a package of examples, for tests.
-#[cfg(test)]
-struct Fixture {
-    folder: tempfile::TempDir,
-    workspace: Workspace,
-}
-
-#[cfg(test)]
-impl Fixture {
-    const FILES: [(&'static str, &'static str); 10] = [
-        (
-            "Cargo.toml",
-            r#"
-[workspace]
-members = ["nats-examples", "scenarios", "tool"]
-resolver = "3"
-[workspace.package]
-edition = "2024"
-rust-version = "1.89"
-[workspace.dependencies]
-anyhow = "1.0"
-async-nats = { version = "0.51", default-features = false, features = ["ring"] }
-json = { package = "serde_json", version = ">=1.0, <2", features = ["raw_value"] }
-protoc-bin-vendored = "3"
-pulsar = { version = "6.9", default-features = false, features = ["tokio-rustls-runtime-ring"] }
-serde = { version = "1.0", features = ["derive"] }
-tool = { path = "tool" }
-"#,
-        ),
-        (
-            "README.md",
-            "# Title\n\n<!-- index -->\n<!-- /index -->\n\nEnd.\n",
-        ),
-        (
-            "nats-examples/Cargo.toml",
-            r#"# index
-# /index
-[package]
-name = "nats-examples"
-edition.workspace = true
-rust-version.workspace = true
-[package.metadata.lab]
-services = ["nats"]
-[features]
-default = ["jetstream", "json"]
-jetstream = ["async-nats/default"]
-json = ["dep:json"]
-[dependencies]
-anyhow.workspace = true
-async-nats.workspace = true
-json = { workspace = true, optional = true }
-protoc-bin-vendored.workspace = true
-pulsar.workspace = true
-serde = { workspace = true, features = ["rc"] }
-tool.workspace = true
-[target.'cfg(unix)'.dependencies]
-libc = "0.2"
-[dev-dependencies]
-tempfile = "3"
-"#,
-        ),
-        (
-            "nats-examples/README.md",
-            "<!-- index -->\nold\n<!-- /index -->\n",
-        ),
-        (
-            "nats-examples/src/bin/nats_b.rs",
-            "//! Second | last.\n//!\n//! More.\n\nuse tool::a;\nfn main() {}\n",
-        ),
-        (
-            "nats-examples/src/bin/nats_a.rs",
-            "//! First.\n// pulsar::x\nuse serde::Serialize;\nfn main() -> anyhow::Result<()> { libc::x(); json::y(\"tempfile::z\"); async_nats::jetstream::new() }\n",
-        ),
-        (
-            "scenarios/Cargo.toml",
-            r#"
-[package]
-name = "scenarios"
-edition.workspace = true
-[package.metadata.lab.bin.pipeline]
-services = ["kafka", "opensearch"]
-nodes = 2
-[features]
-default = ["more"]
-more = []
-[[bin]]
-name = "pipeline"
-path = "src/bin/pipeline/main.rs"
-required-features = ["more"]
-[dependencies]
-anyhow.workspace = true
-protoc-bin-vendored.workspace = true
-pulsar.workspace = true
-"#,
-        ),
-        ("scenarios/README.md", "<!-- index -->\n<!-- /index -->\n"),
-        (
-            "scenarios/src/bin/pipeline/main.rs",
-            "//! All of it\nmod stages;\nfn main() -> anyhow::Result<()> { Ok(()) }\n",
-        ),
-        (
-            "scenarios/src/bin/pipeline/stages/mod.rs",
-            "use pulsar::Pulsar;\n",
-        ),
-    ];
-
-    fn new() -> Fixture {
-        let folder = tempfile::tempdir().unwrap();
-        let put = |path: &str, text: &str| {
-            let path = folder.path().join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        };
-        for (path, text) in Fixture::FILES {
-            put(path, text);
-        }
-        put(
-            "tool/Cargo.toml",
-            "[package]\nname = \"tool\"\nedition = \"2024\"\n",
-        );
-        put("tool/src/lib.rs", "");
-        put("tool/src/main.rs", "fn main() {}\n");
-        put("compose/protoc", "#!/bin/sh\n");
-        let mut workspace = Workspace::read(Some(&folder.path().join("Cargo.toml"))).unwrap();
-        // Where temporary folders are a link, cargo has looked through it.
-        workspace.root = workspace.root.canonicalize().unwrap();
-        Fixture { folder, workspace }
-    }
-
-    fn read(&self, path: impl AsRef<Path>) -> String {
-        fs::read_to_string(self.folder.path().join(path)).unwrap()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn examples_are_the_binaries_of_packages_with_metadata() {
-        let fixture = Fixture::new();
-        let examples: Vec<_> = fixture
-            .workspace
-            .examples()
-            .iter()
-            .map(|example| {
-                (
-                    example.name.as_str(),
-                    example.title.as_str(),
-                    format!("{} {}", example.nodes, example.services.join("+")),
-                )
-            })
-            .collect();
-        let expected = [
-            ("nats_a", "First", "1 nats"),
-            ("nats_b", "Second | last", "1 nats"),
-            ("pipeline", "All of it", "2 kafka+opensearch"),
-        ];
-        assert_eq!(
-            examples,
-            expected.map(|(name, title, services)| (name, title, services.to_owned()))
-        );
-        let features = |name| &fixture.workspace.find(name).unwrap().features;
-        assert_eq!(features("pipeline"), &["more"]);
-        assert!(features("nats_a").is_empty());
-        let groups: Vec<_> = fixture
-            .workspace
-            .groups()
-            .iter()
-            .map(|group| (group.title.clone(), group.examples.len()))
-            .collect();
-        assert_eq!(
-            groups,
-            [("NATS".to_owned(), 2), ("Scenarios".to_owned(), 1)]
-        );
-        let error = fixture.workspace.find("nats").unwrap_err().to_string();
-        assert_eq!(
-            error,
-            "no example is called 'nats'. Did you mean nats_a or nats_b? `cargo lab list` shows all of them."
-        );
-    }
-
-    #[test]
-    fn the_header_is_the_first_block() {
-        let text = "#![allow(unused)]\n\n//! Title.\n//!\n//!   indented\nuse a;\n//! later\n";
-        assert_eq!(header(text), (3, "Title.\n\n  indented\n".to_owned()));
-        assert_eq!(header("fn main() {}\n").1, "");
-    }
-
-    #[test]
-    fn near_names_are_suggested() {
-        let names = [
-            "kafka_manual_commit",
-            "kafka_exactly_once",
-            "nats_publish",
-            "rabbitmq_publish_subscribe",
-        ];
-        assert_eq!(
-            nearest("kafka-manual-comit", names.into_iter()),
-            ["kafka_manual_commit"]
-        );
-        assert_eq!(
-            nearest("publish", names.into_iter()),
-            ["nats_publish", "rabbitmq_publish_subscribe"]
-        );
-        assert!(nearest("zzz", names.into_iter()).is_empty());
-        assert!(nearest("", names.into_iter()).is_empty());
-    }
-
-    #[test]
-    fn headings() {
-        let packages = [
-            "kafka-examples",
-            "rabbitmq-examples",
-            "nats-examples",
-            "pulsar-examples",
-            "scenarios",
-        ];
-        assert_eq!(
-            packages.map(heading),
-            ["Kafka", "RabbitMQ", "NATS", "Pulsar", "Scenarios"]
-        );
-    }
 }

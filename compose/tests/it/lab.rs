@@ -14,10 +14,8 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use compose::harness::handles;
-use compose::home::Home;
-use compose::ports;
-use compose::workspace::Workspace;
+use compose::harness::{Workspace, handles, http_get};
+use compose::{Broker, Service};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -28,11 +26,23 @@ struct Lab {
     home: TempDir,
 }
 
+/// Where the machine's programs are, from what `lab doctor` says.
+static PROGRAMS: LazyLock<PathBuf> = LazyLock::new(|| {
+    let output = Command::new(env!("CARGO_BIN_EXE_lab"))
+        .arg("doctor")
+        .output();
+    let said = String::from_utf8(output.unwrap().stdout).unwrap();
+    let home = said
+        .lines()
+        .find_map(|line| line.strip_prefix("brokers are kept in "));
+    let programs = Path::new(home.unwrap()).join("programs");
+    fs::canonicalize(programs).unwrap()
+});
+
 impl Lab {
     fn new() -> Lab {
         let home = tempfile::tempdir().unwrap();
-        let programs = Home::from_env().unwrap().programs();
-        symlink(programs, home.path().join("programs")).unwrap();
+        symlink(&*PROGRAMS, home.path().join("programs")).unwrap();
         Lab { home }
     }
 
@@ -47,15 +57,9 @@ impl Lab {
             .env("LAB_HOME", self.path())
             .env("LAB_PORTS", "free")
             .stdin(Stdio::null());
-        for variable in [
-            "LAB_BACKEND",
-            "KAFKA_BROKERS",
-            "AMQP_ADDR",
-            "NATS_URL",
-            "PULSAR_ADDRESS",
-            "ELASTICSEARCH_URL",
-        ] {
-            command.env_remove(variable);
+        command.env_remove("LAB_BACKEND");
+        for service in Service::ALL {
+            command.env_remove(service.variable());
         }
         command
     }
@@ -468,7 +472,10 @@ fn ctrl_c_ends_the_start_of_a_broker_also_of_a_detached_one() {
 #[test]
 fn a_second_ctrl_c_ends_a_slow_stop() {
     let lab = Lab::new();
-    let real = compose::fetch::nats(&Home::from_env().unwrap()).unwrap();
+    // What a real one runs from.
+    let broker = Broker::private(Service::Nats).unwrap();
+    let pid = broker.pid(1).unwrap().unwrap();
+    let real = fs::read_link(format!("/proc/{pid}/exe")).unwrap();
     // It takes no order to end, so that an orderly stop takes 20 seconds.
     let stubborn = Stub::new(
         "nats-server",
@@ -856,13 +863,12 @@ fn await_subscription(entry: &Value) {
     let web = entry["web"][0].as_str().unwrap();
     let page = format!("{web}/connz?subs=1");
     eventually("the example has subscribed", || {
-        compose::probe::http_get(&page, Duration::from_secs(2))
-            .is_some_and(|(_, body)| body.contains("events."))
+        http_get(&page, Duration::from_secs(2)).is_some_and(|(_, body)| body.contains("events."))
     });
 }
 
 #[test]
-fn a_broker_in_use_by_another_run_is_not_taken_away() {
+fn a_run_on_the_broker_of_another_run_is_told_that_it_goes_with_that() {
     let lab = Lab::new();
     let first = lab
         .example("nats_subscribe")
@@ -872,40 +878,72 @@ fn a_broker_in_use_by_another_run_is_not_taken_away() {
         .unwrap();
     let entry = lab.await_entry("nats");
     await_subscription(&entry);
-    let mut second = lab
-        .example("nats_subscribe")
-        .process_group(0)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let web = entry["web"][0].as_str().unwrap().to_owned();
-    eventually("both have subscribed", || {
-        compose::probe::http_get(&format!("{web}/connz?subs=1"), Duration::from_secs(2))
-            .is_some_and(|(_, body)| body.matches("events.").count() >= 2)
-    });
-    interrupt(&first);
-    eventually("the first example has left", || {
-        compose::probe::http_get(&format!("{web}/connz?subs=1"), Duration::from_secs(2))
-            .is_some_and(|(_, body)| body.matches("events.").count() == 1)
-    });
+    let output = lab.example("nats_publish").output().unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains("the one of `cargo lab run nats_subscribe`"),
+        "{said}"
+    );
+    assert!(!said.contains("stopping"), "{said}");
     assert!(lives(node_pid(&entry)));
-    interrupt(&second);
-    assert!(second.wait().unwrap().success());
+    interrupt(&first);
     assert!(wait_for_end(first).success());
     assert!(!lives(node_pid(&entry)));
 }
 
 #[test]
+fn a_schema_that_was_registered_is_read_back() {
+    let lab = Lab::new();
+    let said = lab.ok(&["up", "registry", "--detach"]);
+    assert!(said.contains("version 3."), "{said}");
+    let entry = lab.await_entry("registry");
+    let url = entry["env"][0][1].as_str().unwrap();
+    assert_eq!(entry["env"][0][0], "SCHEMA_REGISTRY_URL");
+    let schema = r#"{"type":"record","name":"Order","fields":[{"name":"id","type":"string"}]}"#;
+    let body = serde_json::json!({ "schema": schema }).to_string();
+    let mut answer = ureq::post(format!("{url}/subjects/orders-value/versions"))
+        .content_type("application/vnd.schemaregistry.v1+json")
+        .send(body)
+        .unwrap();
+    let answer: Value = serde_json::from_str(&answer.body_mut().read_to_string().unwrap()).unwrap();
+    let id = answer["id"].as_i64().unwrap();
+    let (status, read) =
+        http_get(&format!("{url}/schemas/ids/{id}"), Duration::from_secs(10)).unwrap();
+    assert_eq!(status, 200, "{read}");
+    let read: Value = serde_json::from_str(&read).unwrap();
+    assert_eq!(read["schema"], schema);
+}
+
+/// An older RabbitMQ than 4 is out of support, so it is left aside where another can be had.
+#[test]
+fn a_rabbitmq_of_the_machine_is_used_if_it_is_supported() {
+    assert!(
+        Path::new("/usr/bin/apt-get").exists(),
+        "this needs a machine with apt"
+    );
+    let lab = Lab::new();
+    for (version, is_used) in [("4.1.2", true), ("3.13.7", false)] {
+        let own = Stub::new("rabbitmq-server", FOREVER);
+        let ctl = Stub::new("rabbitmqctl", &format!("echo {version}"));
+        fs::copy(ctl.program(), own.folder.path().join("rabbitmqctl")).unwrap();
+        let mut command = lab.command(&["doctor"]);
+        let output = command.env("PATH", own.path()).output().unwrap();
+        let line = format!("rabbitmq-server {}", own.folder.path().display());
+        assert_eq!(text(&output).contains(&line), is_used, "{}", text(&output));
+    }
+}
+
+#[test]
 fn a_port_taken_by_something_else_is_named() {
     let lab = Lab::new();
-    let claim = ports::claim().unwrap();
-    let _listener = TcpListener::bind(("127.0.0.1", claim.port)).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
     let mut command = lab.command(&["up", "nats"]);
-    command.env("LAB_PORTS", format!("nats={}", claim.port));
+    command.env("LAB_PORTS", format!("nats={port}"));
     let message = failure(command);
     assert!(
-        message.contains(&format!("port {} is taken", claim.port)) && message.contains("NATS_URL"),
+        message.contains(&format!("port {port} is taken")) && message.contains("NATS_URL"),
         "{message}"
     );
 }
@@ -913,7 +951,7 @@ fn a_port_taken_by_something_else_is_named() {
 #[test]
 fn a_broker_that_was_there_before_is_used() {
     let lab = Lab::new();
-    let broker = compose::Broker::private(compose::Service::Nats).unwrap();
+    let broker = Broker::private(Service::Nats).unwrap();
     let port = broker.address().rsplit(':').next().unwrap().to_owned();
     let mut command = lab.example("nats_publish");
     command.env("LAB_PORTS", format!("nats={port}"));
@@ -929,11 +967,7 @@ fn a_broker_that_was_there_before_is_used() {
 #[test]
 fn the_last_words_of_a_broker_that_dies_at_start_are_shown() {
     let lab = Lab::new();
-    let version = compose::fetch::versions()
-        .into_iter()
-        .find(|(name, _)| *name == "nats")
-        .unwrap()
-        .1;
+    let version = Service::Nats.version();
     let node = lab.path().join(format!("data/nats-{version}/node-1"));
     fs::create_dir_all(&node).unwrap();
     fs::write(node.join("data"), "a file where a folder should be").unwrap();
@@ -946,52 +980,6 @@ fn the_last_words_of_a_broker_that_dies_at_start_are_shown() {
         lab.fails(&["up", "nats", "--detach"])
             .contains("nats died at start")
     );
-}
-
-#[test]
-fn a_damaged_program_is_named_when_its_broker_dies() {
-    let lab = Lab::new();
-    let programs = lab.path().join("programs");
-    let real = fs::canonicalize(&programs).unwrap();
-    fs::remove_file(&programs).unwrap();
-    fs::create_dir(&programs).unwrap();
-    // Makes sure that it is there to be copied.
-    let kafka = fetch_kafka();
-    assert!(kafka.starts_with(&real));
-    let folder = kafka
-        .strip_prefix(&real)
-        .unwrap()
-        .components()
-        .next()
-        .unwrap();
-    let status = Command::new("cp")
-        .arg("-R")
-        .arg(real.join(folder))
-        .arg(&programs)
-        .status()
-        .unwrap();
-    assert!(status.success());
-    let copy = programs.join(kafka.strip_prefix(&real).unwrap());
-    let jar = fs::read_dir(copy)
-        .unwrap()
-        .filter_map(|file| Some(file.ok()?.path()))
-        .find(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("kafka_2.13"))
-        })
-        .unwrap();
-    // Of the same size, so that the quick look at each start does not see it.
-    let size = usize::try_from(fs::metadata(&jar).unwrap().len()).unwrap();
-    fs::write(&jar, vec![0; size]).unwrap();
-    let message = lab.fails(&["up", "kafka"]);
-    assert!(
-        message.contains("damaged") && message.contains("kafka_2.13"),
-        "{message}"
-    );
-}
-
-fn fetch_kafka() -> PathBuf {
-    fs::canonicalize(compose::fetch::kafka(&Home::from_env().unwrap()).unwrap()).unwrap()
 }
 
 #[test]
@@ -1023,6 +1011,11 @@ fn a_backend_that_cannot_be_is_refused() {
     let mut docker = with("docker", "nats");
     docker.env("PATH", "/nonexistent");
     assert!(failure(docker).contains("no Docker engine answers"));
+    let error = lab.fails(&["up", "opensearch", "--nodes", "3"]);
+    assert!(
+        error.contains("opensearch runs on 1 node here, not on 3"),
+        "{error}"
+    );
 }
 
 /// The JVM leaves its classes behind at an orderly end, beside the programs, and the next one takes them up, if they are whole.

@@ -1,4 +1,4 @@
-//! What is known about the examples, and the promise that each can be copied out of here.
+//! The promise that each example can be copied out of here.
 
 // Clippy's leave for tests does not reach the functions that tests call.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -8,8 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use compose::Service;
-use compose::workspace::Workspace;
+use compose::harness::Workspace;
 
 /// `cargo lab new` for every example, then `cargo check` of all that came out, as members of one workspace.
 ///
@@ -31,7 +30,7 @@ fn every_example_builds_as_a_project_of_its_own() {
     for group in groups {
         let name = &group.examples[0].name;
         let alone = folder.path().join(name);
-        workspace.new_project(name, &alone).unwrap();
+        copy(name, &alone);
         check(&alone);
         eprintln!("{name} alone ... ok");
     }
@@ -41,7 +40,7 @@ fn every_example_builds_as_a_project_of_its_own() {
     let names: Vec<&str> = examples.map(|example| example.name.as_str()).collect();
     for name in &names {
         let project = all.join(name);
-        workspace.new_project(name, &project).unwrap();
+        copy(name, &project);
         let manifest = project.join("Cargo.toml");
         let text = fs::read_to_string(&manifest).unwrap();
         let (text, _) = text
@@ -58,6 +57,13 @@ fn every_example_builds_as_a_project_of_its_own() {
     let manifest = format!("[workspace]\nresolver = \"3\"\nmembers = {names:?}\n");
     fs::write(all.join("Cargo.toml"), manifest).unwrap();
     check(&all);
+}
+
+fn copy(name: &str, project: &Path) {
+    let mut lab = Command::new(env!("CARGO_BIN_EXE_lab"));
+    let output = lab.args(["new", name]).arg(project).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{name}: {said}");
 }
 
 fn check(project: &Path, profile: &Path, target: &Path) -> Result<()> {
@@ -91,90 +97,4 @@ fn check(project: &Path, profile: &Path, target: &Path) -> Result<()> {
         "cargo check warned\n{manifest}\n{said}"
     );
     Ok(())
-}
-
-#[test]
-fn every_example_is_described() {
-    let workspace = Workspace::load().unwrap();
-    let mut names: Vec<&str> = workspace
-        .examples()
-        .iter()
-        .map(|example| example.name.as_str())
-        .collect();
-    assert!(!names.is_empty());
-    names.dedup();
-    assert_eq!(
-        names.len(),
-        workspace.examples().len(),
-        "two examples have the same name"
-    );
-    for example in workspace.examples() {
-        assert!(example.source.is_file(), "{example:?}");
-        assert_eq!(
-            workspace.find(&example.name).unwrap().source,
-            example.source
-        );
-        for service in &example.services {
-            service
-                .parse::<Service>()
-                .unwrap_or_else(|error| panic!("{}: {error}", example.name));
-        }
-    }
-    let in_groups: usize = workspace
-        .groups()
-        .iter()
-        .map(|group| group.examples.len())
-        .sum();
-    assert_eq!(in_groups, workspace.examples().len());
-}
-
-/// `cargo lab run NAME --help` starts the program itself only if it understands that.
-#[test]
-fn examples_whose_header_points_to_help_understand_it() {
-    let workspace = Workspace::load().unwrap();
-    for example in workspace.examples() {
-        let pointed = example.header.contains("--help`");
-        assert_eq!(
-            example.parses_arguments().unwrap(),
-            pointed,
-            "{}",
-            example.name
-        );
-    }
-}
-
-#[test]
-fn the_indexes_are_up_to_date() {
-    let stale = Workspace::load().unwrap().write_indexes(true).unwrap();
-    assert!(
-        stale.is_empty(),
-        "`cargo lab index` brings these up to date: {stale:?}"
-    );
-}
-
-#[test]
-fn a_copy_needs_an_empty_place() {
-    let workspace = Workspace::load().unwrap();
-    let name = &workspace.examples()[0].name;
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("notes.txt");
-    fs::write(&file, "mine").unwrap();
-    let refused = |path: &Path| workspace.new_project(name, path).unwrap_err().to_string();
-    assert!(refused(folder.path()).ends_with("is not empty; name a new or an empty folder"));
-    assert!(refused(&file).ends_with("is a file; name a new or an empty folder"));
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
-    assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
-
-    let empty = folder.path().join("empty");
-    fs::create_dir(&empty).unwrap();
-    workspace.new_project(name, &empty).unwrap();
-    let copy = fs::read_to_string(empty.join("src/main.rs")).unwrap();
-    assert_eq!(
-        copy,
-        fs::read_to_string(&workspace.examples()[0].source).unwrap()
-    );
-    assert_eq!(
-        fs::read_to_string(empty.join(".gitignore")).unwrap(),
-        "/target\n"
-    );
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use compose::Service;
 use compose::harness::Workspace;
 use pulldown_cmark::{Event, Options, Parser, Tag, TagEnd};
 
@@ -180,4 +181,16 @@ fn ci_runs_the_test_command_of_the_readme() {
         .find(|command| command.contains(" test"))
         .expect("the README has a command that runs the tests");
     assert_eq!(read(&root().join(".ci/run")).lines().last(), Some(command));
+}
+
+#[test]
+fn the_table_of_services_has_all_of_them() {
+    let page = read(&root().join("docs/brokers.md"));
+    for service in Service::ALL {
+        let row = format!("\n| `{service}` | `{}` |", service.variable());
+        assert!(
+            page.contains(&row),
+            "docs/brokers.md has no row that begins with{row}"
+        );
+    }
 }

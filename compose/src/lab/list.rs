@@ -3,10 +3,10 @@
 use std::fmt::Write as _;
 
 use anyhow::{Result, bail};
-use compose::workspace::{ExampleInfo, Group, Workspace};
 use console::Term;
 
-use crate::say;
+use crate::terminal::page;
+use crate::workspace::{ExampleInfo, Group, Workspace};
 
 /// Where no terminal tells.
 const WIDTH: usize = 80;
@@ -16,7 +16,7 @@ const INDENT: usize = 2;
 const GAP: usize = 2;
 
 /// Prints the examples whose name or title contains the filter.
-pub fn list(filter: Option<&str>) -> Result<()> {
+pub(super) fn list(filter: Option<&str>) -> Result<()> {
     let workspace = Workspace::load()?;
     let filter = filter.unwrap_or_default().to_lowercase();
     let wanted = |example: &&ExampleInfo| {
@@ -33,7 +33,7 @@ pub fn list(filter: Option<&str>) -> Result<()> {
     let width = Term::stdout()
         .size_checked()
         .map_or(WIDTH, |(_, columns)| columns.into());
-    say::page(&text(&groups, width)?)
+    page(&text(&groups, width)?)
 }
 
 fn text(groups: &[Group], width: usize) -> Result<String> {

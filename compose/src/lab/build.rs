@@ -7,18 +7,22 @@ use std::process::{ChildStderr, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use cargo_metadata::Message;
-use compose::fetch::{self, Progress};
-use compose::process::Supervised;
-use compose::workspace::Workspace;
 
-use crate::say::say;
+use crate::process::Supervised;
+use crate::terminal::{Progress, say};
+use crate::workspace::Workspace;
 
 /// Cargo's own output goes to the terminal as it is; unless a broker is being `fetched` at the same time, and both would
 /// draw on the same line.
 ///
 /// # Errors
 /// There is no such example, or it does not compile.
-pub fn build(workspace: &Workspace, name: &str, release: bool, fetched: bool) -> Result<PathBuf> {
+pub(super) fn build(
+    workspace: &Workspace,
+    name: &str,
+    release: bool,
+    fetched: bool,
+) -> Result<PathBuf> {
     let example = workspace.find(name)?;
     let whole = workspace.is_built_as_a_whole(release);
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -101,7 +105,7 @@ fn show(name: &str, stderr: ChildStderr) {
                 compiled += 1;
                 progress.show(format!("building, {compiled} crates, {package}"));
             }
-            _ => fetch::say(&line),
+            _ => say!("{line}"),
         }
     }
 }

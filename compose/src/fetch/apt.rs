@@ -4,14 +4,16 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::install::{self, Recipe, Work};
-use super::tool::{self, Log};
+use super::tool::{self, Log, is_interrupt};
+use super::{Advice, Source};
+use crate::files;
 use crate::home::Home;
 
 /// Package lists are taken as they are for this long; after that, or after a failure, they are fetched again.
@@ -39,70 +41,127 @@ Dir::Cache::srcpkgcache \"\";
 ";
 
 /// Whether this is a machine with apt.
-pub(super) fn available() -> bool {
+pub(crate) fn available() -> bool {
     ["apt-get", "dpkg-deb", "dpkg-query"]
         .iter()
         .all(|name| tool::which(name).is_some())
 }
 
 /// A program that comes as Debian packages.
-pub(super) struct Packages {
-    pub(super) name: &'static str,
-    pub(super) label: &'static str,
-    /// The package to ask for; the first that this release has.
-    pub(super) candidates: &'static [&'static str],
-    /// Which packages of the closure are unpacked, given the name and whether the system has it.
-    pub(super) keep: fn(&str, bool) -> bool,
-    /// What the packages' installation scripts would have done.
-    pub(super) finish: fn(&Path) -> Result<()>,
+pub(crate) struct Packages {
+    pub(crate) name: &'static str,
+    pub(crate) label: &'static str,
+    /// Another release of Debian that they are of, instead of this machine's.
+    pub(crate) suite: Option<Suite>,
+    /// The package to ask for; the first that the release has.
+    pub(crate) candidates: &'static [&'static str],
+    /// Which packages of the closure are unpacked; `is_installed` if the system has it.
+    pub(crate) keep: fn(package: &str, is_installed: bool) -> bool,
+    /// What the packages' installation scripts would have done, given the folder, and the one that it will be.
+    pub(crate) finish: fn(root: &Path, target: &Path) -> Result<()>,
+}
+
+/// A release of Debian.
+#[derive(Clone, Copy)]
+pub(crate) struct Suite {
+    pub(crate) codename: &'static str,
+    pub(crate) number: u32,
+}
+
+impl Suite {
+    /// Whether this machine runs an older release of Debian.
+    pub(crate) fn is_newer_than_this(self) -> bool {
+        let number = os_release("VERSION_ID").and_then(|number| number.parse().ok());
+        os_release("ID").as_deref() == Some("debian")
+            && number.is_some_and(|number: u32| number < self.number)
+    }
+
+    /// The machine's own mirrors, asked for this release.
+    fn sources(self) -> Result<String> {
+        let keyring = ["gpg", "pgp"]
+            .map(|end| format!("/usr/share/keyrings/debian-archive-keyring.{end}"))
+            .into_iter()
+            .find(|path| Path::new(path).exists())
+            .context(
+                "the keys of Debian's archive are not here (package debian-archive-keyring)",
+            )?;
+        let output = Command::new("apt-get")
+            .args(["indextargets", "Created-By: Packages", "Component: main"])
+            .args(["--format", "$(REPO_URI) $(CODENAME)"])
+            .stdin(Stdio::null())
+            .output()
+            .context("cannot start apt-get")?;
+        let own = os_release("VERSION_CODENAME").unwrap_or_default();
+        let said = String::from_utf8_lossy(&output.stdout);
+        let lines: BTreeSet<String> = said
+            .lines()
+            .filter_map(|line| line.split_once(' '))
+            // bookworm, bookworm-updates, bookworm-security
+            .filter_map(|(mirror, codename)| {
+                let part = codename.strip_prefix(&own)?;
+                (part.is_empty() || part.starts_with('-')).then_some((mirror, part))
+            })
+            .map(|(mirror, part)| {
+                format!(
+                    "deb [signed-by={keyring}] {mirror} {}{part} main\n",
+                    self.codename
+                )
+            })
+            .collect();
+        ensure!(
+            !lines.is_empty(),
+            "apt has no mirror of {own}, which {} could come from as well",
+            self.codename
+        );
+        Ok(lines.into_iter().collect())
+    }
 }
 
 impl Packages {
-    /// What was left out because the system has it must come from the same release.
-    fn id(&self) -> String {
-        format!("{}-{}", self.name, release())
-    }
-
-    fn inputs(&self, home: &Home) -> String {
+    fn recipe(&self, home: &Home) -> Recipe {
+        // What was left out because the system has it must come from the same release.
+        let release = self
+            .suite
+            .map_or_else(release, |suite| suite.codename.to_owned());
+        let id = format!("{}-{release}", self.name);
         // Scripts in some packages must be told where they are.
-        let target = home.programs().join(self.id());
-        format!("2\n{:?}\n{}", self.candidates, target.display())
+        let target = home.programs().join(&id);
+        let foreign = self.suite.is_some();
+        Recipe {
+            label: self.label.to_owned(),
+            by: "from Debian packages",
+            // The number is to be raised whenever `keep` or `finish` of some packages changes.
+            inputs: format!("3\n{:?}\n{foreign}\n{}", self.candidates, target.display()),
+            id,
+        }
     }
 
-    pub(super) fn installed(&self, home: &Home) -> Option<PathBuf> {
-        install::installed(
-            home,
-            &Recipe {
-                id: &self.id(),
-                label: self.label,
-                by: "Debian packages",
-                inputs: &self.inputs(home),
-            },
-        )
+    /// Where they come from.
+    pub(crate) fn source(&self, home: &Home, advice: Advice) -> Source {
+        match install::installed(home, &self.recipe(home)) {
+            Some(root) => Source::Cache(root),
+            None if available() => Source::Debian,
+            None => Source::Missing(advice),
+        }
     }
 
-    pub(super) fn install(&self, home: &Home) -> Result<PathBuf> {
-        install::install(
-            home,
-            &Recipe {
-                id: &self.id(),
-                label: self.label,
-                by: "Debian packages",
-                inputs: &self.inputs(home),
-            },
-            |work| self.fetch(home, work),
-        )
+    pub(crate) fn install(&self, home: &Home) -> Result<PathBuf> {
+        install::install(home, &self.recipe(home), |work| self.unpack(home, work))
     }
 
-    fn fetch(&self, home: &Home, work: &mut Work) -> Result<()> {
-        let folder = home.programs().join(".apt");
+    fn unpack(&self, home: &Home, work: &mut Work) -> Result<()> {
+        let (name, sources) = match self.suite {
+            Some(suite) => (format!(".apt-{}", suite.codename), Some(suite.sources()?)),
+            None => (".apt".to_owned(), None),
+        };
+        let folder = home.programs().join(name);
         fs::create_dir_all(&folder)
             .with_context(|| format!("cannot create {}", folder.display()))?;
         let lock = install::lock(
             &folder.join("lock"),
             "other packages are being fetched: waiting for them",
         )?;
-        let apt = Apt::new(folder)?;
+        let apt = Apt::new(folder, sources)?;
         let debs = work.partial.join("packages");
         install::remove(&debs)?;
         fs::create_dir_all(&debs).with_context(|| format!("cannot create {}", debs.display()))?;
@@ -114,7 +173,7 @@ impl Packages {
             apt.update(work)?
         };
         let mut outcome = self.download(&apt, &debs, work, &update);
-        if fresh && outcome.as_ref().is_err_and(|error| !interrupted(error)) {
+        if fresh && outcome.as_ref().is_err_and(|error| !is_interrupt(error)) {
             // Lists of yesterday may name packages that the mirror has replaced since.
             update = apt.update(work)?;
             outcome = self.download(&apt, &debs, work, &update);
@@ -131,12 +190,11 @@ impl Packages {
         for file in &files {
             let mut command = Command::new("dpkg-deb");
             command.arg("--extract").arg(file).arg(&work.new);
-            tool::run("dpkg-deb", &mut command, work.log, |_| {})?;
+            tool::run("dpkg-deb", &command, work.log, |_| {})?;
             work.progress.step();
         }
-        point_links_inside(&work.new, &work.new)?;
-        (self.finish)(&work.new)?;
-        move_scripts(&work.new, &work.target)
+        point_links_inside(&work.new)?;
+        (self.finish)(&work.new, &work.target)
     }
 
     fn download(&self, apt: &Apt, debs: &Path, work: &mut Work, update: &str) -> Result<()> {
@@ -146,7 +204,7 @@ impl Packages {
         let progress = work.progress;
         let mut command = apt.command();
         command.arg("download").args(&packages).current_dir(debs);
-        tool::run("apt", &mut command, work.log, |line| {
+        tool::run("apt", &command, work.log, |line| {
             if line.starts_with("Get:") {
                 progress.step();
             }
@@ -166,7 +224,7 @@ impl Packages {
                 "--no-install-recommends",
                 candidate,
             ]);
-            match tool::run("apt", &mut command, work.log, |_| {}) {
+            match tool::run("apt", &command, work.log, |_| {}) {
                 Ok(said) => {
                     let packages: Vec<String> = simulated(&said)
                         .filter(|name| (self.keep)(name, installed.contains(*name)))
@@ -184,31 +242,37 @@ impl Packages {
         if update.lines().any(|line| line.starts_with("Err:")) {
             return Err(tool::failure("apt", None, update, work.log).into());
         }
-        Err(last.map_or_else(
-            || anyhow::anyhow!("no package to ask for"),
-            |error| error.context(format!("this release has no {}", self.candidates[0])),
-        ))
+        let error = last.context("no package to ask for")?;
+        Err(error.context(format!("this release has no {}", self.candidates[0])))
     }
 }
 
 /// apt on lists and caches of our own, and with no package installed.
 struct Apt {
     folder: PathBuf,
+    /// Instead of the machine's sources.
+    sources: Option<PathBuf>,
 }
 
 impl Apt {
-    fn new(folder: PathBuf) -> Result<Apt> {
+    fn new(folder: PathBuf, sources: Option<String>) -> Result<Apt> {
         for name in ["lists/partial", "cache/archives/partial", "state", "log"] {
             let path = folder.join(name);
             fs::create_dir_all(&path)
                 .with_context(|| format!("cannot create {}", path.display()))?;
         }
-        for (name, content) in [("status", ""), ("apt.conf", CONFIGURATION)] {
+        let write = |name: &str, content: &str| {
             let path = folder.join(name);
             fs::write(&path, content)
                 .with_context(|| format!("cannot write {}", path.display()))?;
-        }
-        Ok(Apt { folder })
+            anyhow::Ok(path)
+        };
+        write("status", "")?;
+        write("apt.conf", CONFIGURATION)?;
+        let sources = sources
+            .map(|text| write("sources.list", &text))
+            .transpose()?;
+        Ok(Apt { folder, sources })
     }
 
     fn command(&self) -> Command {
@@ -226,6 +290,12 @@ impl Apt {
             let mut option = OsString::from(format!("{key}="));
             option.push(self.folder.join(name));
             command.arg("-o").arg(option);
+        }
+        if let Some(sources) = &self.sources {
+            command
+                .arg("-o")
+                .arg(format!("Dir::Etc::SourceList={}", sources.display()));
+            command.args(["-o", "Dir::Etc::SourceParts=/dev/null"]);
         }
         command
     }
@@ -253,19 +323,13 @@ impl Apt {
                 }
                 Ok(said)
             }
-            Err(error) if interrupted(&error) => Err(error),
+            Err(error) if is_interrupt(&error) => Err(error),
             Err(error) => match error.downcast_ref::<tool::Failure>() {
                 Some(failure) => Ok(format!("Err:\n{}", failure.words.join("\n"))),
                 None => Err(error),
             },
         }
     }
-}
-
-fn interrupted(error: &anyhow::Error) -> bool {
-    error
-        .downcast_ref::<tool::Failure>()
-        .is_some_and(|failure| failure.cause == tool::Cause::Interrupted)
 }
 
 /// The packages in apt's plan, whose lines read `Inst name (version …) […]`.
@@ -291,76 +355,51 @@ fn system_packages(log: &mut Log) -> Result<BTreeSet<String>> {
 
 /// The name of the distribution's release, for a folder's name.
 fn release() -> String {
-    let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    let value = |key: &str| {
-        text.lines()
-            .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
-            .map(|value| value.trim_matches('"').to_owned())
-            .filter(|value| !value.is_empty())
-    };
-    value("VERSION_CODENAME")
-        .or_else(|| value("ID"))
+    os_release("VERSION_CODENAME")
+        .or_else(|| os_release("ID"))
         .unwrap_or_else(|| "debian".into())
         .replace(|c: char| !c.is_ascii_alphanumeric(), "-")
 }
 
+fn os_release(key: &str) -> Option<String> {
+    let text = fs::read_to_string("/etc/os-release").ok()?;
+    let mut lines = text.lines();
+    let value = lines.find_map(|line| line.strip_prefix(key)?.strip_prefix('='))?;
+    let value = value.trim_matches('"');
+    (!value.is_empty()).then(|| value.to_owned())
+}
+
 /// Packages link to absolute paths, most into /etc. Where the unpacked tree has that path, point there instead.
-fn point_links_inside(folder: &Path, root: &Path) -> Result<()> {
-    let context = || format!("cannot read {}", folder.display());
-    for entry in fs::read_dir(folder).with_context(context)? {
-        let path = entry.with_context(context)?.path();
-        if path.is_symlink() {
-            let target = fs::read_link(&path).with_context(context)?;
-            let Ok(inner) = target.strip_prefix("/") else {
-                continue;
-            };
-            if root.join(inner).symlink_metadata().is_err() {
-                continue;
-            }
-            // Relative, because the tree is about to be moved.
-            let depth = folder.strip_prefix(root).map_or(0, |sub| {
-                sub.components()
-                    .filter(|part| matches!(part, Component::Normal(_)))
-                    .count()
-            });
-            let mut relative = PathBuf::new();
-            relative.extend(std::iter::repeat_n("..", depth));
-            relative.push(inner);
-            fs::remove_file(&path)
-                .and_then(|()| symlink(&relative, &path))
-                .with_context(|| format!("cannot change the link {}", path.display()))?;
-        } else if path.is_dir() {
-            point_links_inside(&path, root)?;
+fn point_links_inside(root: &Path) -> Result<()> {
+    for path in files::all_in(root)? {
+        let Ok(target) = fs::read_link(&path) else {
+            continue;
+        };
+        let Ok(inner) = target.strip_prefix("/") else {
+            continue;
+        };
+        if root.join(inner).symlink_metadata().is_err() {
+            continue;
         }
+        // Relative, because the tree is about to be moved: as many folders up as the link is below the root.
+        let depth = path.components().count() - root.components().count() - 1;
+        let mut relative: PathBuf = std::iter::repeat_n("..", depth).collect();
+        relative.push(inner);
+        fs::remove_file(&path)
+            .and_then(|()| symlink(&relative, &path))
+            .with_context(|| format!("cannot change the link {}", path.display()))?;
     }
     Ok(())
 }
 
-/// Erlang's start scripts name the folder that they are in.
-fn move_scripts(new: &Path, target: &Path) -> Result<()> {
-    const OLD: &str = "/usr/lib/erlang";
-    let erlang = new.join("usr/lib/erlang");
-    let Ok(entries) = fs::read_dir(&erlang) else {
-        return Ok(());
+/// Where unpacked packages have their libraries: `usr/lib/x86_64-linux-gnu` and its like.
+pub(crate) fn library_folders(root: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(root.join("usr/lib"))
+        .with_context(|| format!("cannot read {}", root.display()))?;
+    let paths = entries.flatten().map(|entry| entry.path());
+    let is_for_a_machine = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default();
+        name.to_string_lossy().contains("-linux-")
     };
-    let mut folders = vec![erlang.join("bin")];
-    folders.extend(
-        entries
-            .filter_map(|entry| Some(entry.ok()?.path().join("bin")))
-            .filter(|bin| bin.is_dir()),
-    );
-    let moved = target.join("usr/lib/erlang");
-    let moved = moved
-        .to_str()
-        .with_context(|| format!("{} is not UTF-8", moved.display()))?;
-    for script in folders
-        .iter()
-        .flat_map(|bin| ["erl", "start"].map(|name| bin.join(name)))
-        .filter(|script| script.is_file())
-    {
-        fs::read_to_string(&script)
-            .and_then(|text| fs::write(&script, text.replace(OLD, moved)))
-            .with_context(|| format!("cannot change {}", script.display()))?;
-    }
-    Ok(())
+    Ok(paths.filter(is_for_a_machine).collect())
 }

@@ -4,11 +4,15 @@ use std::fmt::Write as _;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Result;
-use compose::home::Home;
-use compose::{Service, docker, fetch};
+
+use super::origin::missing;
+use crate::fetch::Advice;
+use crate::home::Home;
+use crate::terminal::page;
+use crate::{Service, docker};
 
 /// Exits with an error if a program that every build takes is missing, or some broker cannot run here at all.
-pub fn doctor() -> Result<ExitCode> {
+pub(super) fn doctor() -> Result<ExitCode> {
     let home = Home::from_env()?;
     let mut text = format!("brokers are kept in {}\n\n", home.root().display());
     let mut healthy = true;
@@ -33,22 +37,34 @@ pub fn doctor() -> Result<ExitCode> {
     };
     writeln!(text, "{:10}  {engine_text}\n", "docker")?;
 
-    let mut advice = Vec::new();
+    let mut advice: Vec<String> = Vec::new();
     for service in Service::ALL {
-        let plan = fetch::plan(&home, service.name());
-        let missing: Vec<_> = plan.missing().into_iter().map(str::to_owned).collect();
-        let verdict = match (missing.is_empty(), engine, service) {
-            (true, _, _) if plan.is_ready() => "ready",
-            (true, _, _) => "will be fetched at first use",
-            (false, true, _) => "will run in Docker",
-            (false, false, Service::Kafka) => "will be librdkafka's mock",
-            (false, false, _) => {
-                healthy = false;
-                "CANNOT RUN HERE"
-            }
+        let spec = service.spec();
+        let parts = spec.program().parts(&home);
+        let missing: Vec<_> = missing(&home, service)
+            .iter()
+            .map(Advice::to_string)
+            .collect();
+        let verdict = if missing.is_empty() && parts.iter().all(|part| part.is_here()) {
+            "ready"
+        } else if missing.is_empty() {
+            "will be fetched at first use"
+        } else if engine {
+            "will run in Docker"
+        } else if spec.mock().is_some() {
+            "will be a mock"
+        } else {
+            healthy = false;
+            "CANNOT RUN HERE"
         };
         writeln!(text, "{service:10}  {verdict}")?;
-        writeln!(text, "            {plan}")?;
+        let parts: Vec<_> = parts.iter().map(ToString::to_string).collect();
+        let version = service.version();
+        writeln!(
+            text,
+            "            {service} {version}: {}",
+            parts.join(", ")
+        )?;
         for line in missing {
             if !advice.contains(&line) {
                 advice.push(line);
@@ -61,7 +77,7 @@ pub fn doctor() -> Result<ExitCode> {
             writeln!(text, "  {line}")?;
         }
     }
-    crate::say::page(&text)?;
+    page(&text)?;
     Ok(if healthy {
         ExitCode::SUCCESS
     } else {

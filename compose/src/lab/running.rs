@@ -15,66 +15,90 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::Service;
 use crate::home::Home;
-use crate::{Broker, Service};
 
 /// What the owner of a broker says of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Entry {
+pub(super) struct Entry {
     /// The owner's process id.
-    pub owner: u32,
-    /// Whether the owner runs in the background.
-    pub detached: bool,
+    pub(super) owner: u32,
+    /// The command that the owner is, such as `up --detach`, or `run` with the name of an example.
+    pub(super) command: String,
     /// `native`, `docker` or `mock`.
-    pub backend: String,
+    pub(super) backend: String,
+    /// The version of what runs, if it is known.
+    pub(super) version: Option<String>,
     /// The environment that an example needs to find the broker.
-    pub env: Vec<(String, String)>,
+    pub(super) env: Vec<(String, String)>,
     /// The web consoles.
-    pub web: Vec<String>,
+    pub(super) web: Vec<String>,
     /// Its nodes.
-    pub nodes: Vec<EntryNode>,
+    pub(super) nodes: Vec<EntryNode>,
     /// Where it stores.
-    pub folder: PathBuf,
+    pub(super) folder: PathBuf,
     /// Where the owner takes orders.
-    pub socket: PathBuf,
+    pub(super) socket: PathBuf,
+}
+
+impl Entry {
+    /// The address in the form of the service's environment variable.
+    pub(super) fn address(&self) -> &str {
+        self.env.first().map_or("", |(_, address)| address)
+    }
+
+    /// The address, the consoles and the version.
+    pub(super) fn describe(&self) -> String {
+        let mut text = self.address().to_owned();
+        for web in &self.web {
+            text += &format!("   {web}");
+        }
+        if let Some(version) = &self.version {
+            text += &format!("   version {version}");
+        }
+        if self.backend != "native" {
+            text += &format!("   ({})", self.backend);
+        }
+        text
+    }
 }
 
 /// One node of an [`Entry`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct EntryNode {
+pub(super) struct EntryNode {
     /// From 1.
-    pub number: u16,
+    pub(super) number: u16,
     /// Its process, while there is one.
-    pub pid: Option<u32>,
+    pub(super) pid: Option<u32>,
     /// `running`, `paused` or `ended`.
-    pub state: String,
+    pub(super) state: String,
     /// The file with its output.
-    pub log: PathBuf,
+    pub(super) log: PathBuf,
 }
 
 /// An example that a `lab run` has started, in the words of that `lab run`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Run {
+pub(super) struct Run {
     /// The example.
-    pub name: String,
+    pub(super) name: String,
     /// From 1, in the order of their starts, for those of the same example that run at the same time.
-    pub number: u16,
+    pub(super) number: u16,
     /// What it was started with.
-    pub args: Vec<String>,
+    pub(super) args: Vec<String>,
     /// The example's process.
-    pub pid: u32,
+    pub(super) pid: u32,
     /// `running` or `paused`.
-    pub state: String,
+    pub(super) state: String,
     /// The process id of the `lab run`.
-    pub owner: u32,
+    pub(super) owner: u32,
     /// Where the owner takes orders.
-    pub socket: PathBuf,
+    pub(super) socket: PathBuf,
 }
 
 /// An order to the owner of a broker or of an example.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Verb {
+pub(super) enum Verb {
     /// SIGKILL a node or an example.
     Kill,
     /// SIGSTOP a node or an example.
@@ -89,25 +113,49 @@ pub enum Verb {
 
 /// What is sent over the socket.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Order {
+pub(super) struct Order {
     /// What to do.
-    pub verb: Verb,
+    pub(super) verb: Verb,
     /// With which service or example, by name.
-    pub service: String,
+    pub(super) service: String,
     /// With which node, or which run of the example.
-    pub node: u16,
+    pub(super) node: u16,
 }
 
-/// A lock that is held, and beside it the file that is believed for as long as it is. Held until dropped.
+/// The right to run something of this name under this `LAB_HOME`, held until dropped: a lock, and beside it the file
+/// that is believed for as long as the lock is held.
 #[derive(Debug)]
-struct Slot {
+pub(super) struct Lease {
     entry: PathBuf,
     _lock: File,
 }
 
-impl Slot {
-    /// `None` if another process holds it.
-    fn acquire(folder: &Path, name: &str) -> Result<Option<Slot>> {
+impl Lease {
+    /// For a service. `None` if another process holds it.
+    pub(super) fn of_service(home: &Home, service: Service) -> Result<Option<Lease>> {
+        Lease::acquire(&run_folder(home)?, service.name())
+    }
+
+    /// For one more run of an example, and its number: the one after the highest that is in use. So the numbers tell who
+    /// started first, and none changes while its example runs.
+    pub(super) fn of_run(home: &Home, name: &str) -> Result<(Lease, u16)> {
+        let folder = run_folder(home)?;
+        let mut number = 1;
+        for (other, used) in numbers(&folder)? {
+            if other == name && used >= number && is_held(&folder, &run_name(name, used))? {
+                number = used + 1;
+            }
+        }
+        loop {
+            // Another one may be faster by a moment.
+            if let Some(lease) = Lease::acquire(&folder, &run_name(name, number))? {
+                return Ok((lease, number));
+            }
+            number += 1;
+        }
+    }
+
+    fn acquire(folder: &Path, name: &str) -> Result<Option<Lease>> {
         let lock = open_lock(&folder.join(format!("{name}.lock")))?;
         // Others take the lock for a moment to see whether it is held.
         let deadline = Instant::now() + Duration::from_millis(300);
@@ -120,159 +168,65 @@ impl Slot {
                 let entry = folder.join(format!("{name}.json"));
                 // Left by an owner that was killed.
                 let _ = fs::remove_file(&entry);
-                Ok(Some(Slot { entry, _lock: lock }))
+                Ok(Some(Lease { entry, _lock: lock }))
             }
             Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(error)) => Err(error).context(LOCK_TROUBLE),
+            Err(TryLockError::Error(error)) => {
+                Err(error).context("cannot lock the list of what runs")
+            }
         }
     }
 
-    /// Readers see the old text or the new one, never half of it.
-    fn publish(&self, entry: &impl Serialize) -> Result<()> {
+    /// Says to all what runs. Readers see the old text or the new one, never half of it.
+    pub(super) fn publish(&self, entry: &impl Serialize) -> Result<()> {
         let new = self.entry.with_extension("new");
         fs::write(&new, serde_json::to_vec_pretty(entry)?)
             .and_then(|()| fs::rename(&new, &self.entry))
             .with_context(|| format!("cannot write {}", self.entry.display()))
     }
 
-    /// What the holder has published. Right after it took the lock it may not have: that counts as none.
-    fn read<T: DeserializeOwned>(folder: &Path, name: &str) -> Result<Option<T>> {
-        if !Slot::is_held(folder, name)? {
-            return Ok(None);
-        }
-        match fs::read(folder.join(format!("{name}.json"))) {
-            Ok(text) => Ok(Some(serde_json::from_slice(&text).with_context(|| {
-                format!("{name}.json in {} is damaged", folder.display())
-            })?)),
-            Err(_) => Ok(None),
-        }
-    }
-
-    fn is_held(folder: &Path, name: &str) -> Result<bool> {
-        let lock = open_lock(&folder.join(format!("{name}.lock")))?;
-        Ok(lock.try_lock_shared().is_err())
+    /// The file that says to all what runs.
+    pub(super) fn file(&self) -> &Path {
+        &self.entry
     }
 }
 
-impl Drop for Slot {
+impl Drop for Lease {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.entry);
     }
 }
 
-const LOCK_TROUBLE: &str = "cannot lock the registry of what runs";
-
-/// The right to run a service under this `LAB_HOME`, held until dropped.
-#[derive(Debug)]
-pub struct Lease {
-    slot: Slot,
-    users: PathBuf,
-}
-
-impl Lease {
-    /// `None` if another process holds it.
-    ///
-    /// # Errors
-    /// The folder cannot be written.
-    pub fn acquire(home: &Home, service: Service) -> Result<Option<Lease>> {
-        let folder = run_folder(home)?;
-        let slot = Slot::acquire(&folder, service.name())?;
-        Ok(slot.map(|slot| Lease {
-            slot,
-            users: folder.join(format!("{service}.users")),
-        }))
+/// What the holder of a lease has published. Right after it took the lock it may not have: that counts as none.
+fn read<T: DeserializeOwned>(folder: &Path, name: &str) -> Result<Option<T>> {
+    if !is_held(folder, name)? {
+        return Ok(None);
     }
-
-    /// Says to all what runs.
-    ///
-    /// # Errors
-    /// The folder cannot be written.
-    pub fn publish(&self, entry: &Entry) -> Result<()> {
-        self.slot.publish(entry)
-    }
-
-    /// The file that says to all what runs.
-    pub fn file(&self) -> &Path {
-        &self.slot.entry
-    }
-
-    /// Whether another process has said, with [`Use`], that it depends on this broker.
-    ///
-    /// # Errors
-    /// The folder cannot be written.
-    pub fn in_use(&self) -> Result<bool> {
-        match open_lock(&self.users)?.try_lock() {
-            Ok(()) => Ok(false),
-            Err(TryLockError::WouldBlock) => Ok(true),
-            Err(TryLockError::Error(error)) => Err(error).context(LOCK_TROUBLE),
-        }
+    match fs::read(folder.join(format!("{name}.json"))) {
+        Ok(text) => Ok(Some(serde_json::from_slice(&text).with_context(|| {
+            format!("{name}.json in {} is damaged", folder.display())
+        })?)),
+        Err(_) => Ok(None),
     }
 }
 
-/// The place of a running example among the runs of the same example. It is free again when this is dropped.
-#[derive(Debug)]
-pub struct RunLease {
-    slot: Slot,
-    number: u16,
-}
-
-impl RunLease {
-    /// Takes the number after the highest one that is in use: the numbers tell who started first, and none changes while
-    /// its example runs.
-    ///
-    /// # Errors
-    /// The folder cannot be written.
-    pub fn acquire(home: &Home, name: &str) -> Result<RunLease> {
-        let folder = run_folder(home)?;
-        let mut number = 1;
-        for (other, used) in numbers(&folder)? {
-            if other == name && used >= number && Slot::is_held(&folder, &slot_name(name, used))? {
-                number = used + 1;
-            }
-        }
-        loop {
-            // Another one may be faster by a moment.
-            if let Some(slot) = Slot::acquire(&folder, &slot_name(name, number))? {
-                return Ok(RunLease { slot, number });
-            }
-            number += 1;
-        }
-    }
-
-    /// Which of the runs of the same example this is.
-    pub fn number(&self) -> u16 {
-        self.number
-    }
-
-    /// Says to all what runs.
-    ///
-    /// # Errors
-    /// The folder cannot be written.
-    pub fn publish(&self, run: &Run) -> Result<()> {
-        self.slot.publish(run)
-    }
-
-    /// The file that says to all what runs.
-    pub fn file(&self) -> &Path {
-        &self.slot.entry
-    }
+fn is_held(folder: &Path, name: &str) -> Result<bool> {
+    let lock = open_lock(&folder.join(format!("{name}.lock")))?;
+    Ok(lock.try_lock_shared().is_err())
 }
 
 /// The examples that run now, by name and number.
-///
-/// # Errors
-/// The folder cannot be read or written.
-pub fn runs(home: &Home) -> Result<Vec<Run>> {
+pub(super) fn runs(home: &Home) -> Result<Vec<Run>> {
     let folder = run_folder(home)?;
     let mut runs = Vec::new();
     for (name, number) in numbers(&folder)? {
-        runs.extend(Slot::read::<Run>(&folder, &slot_name(&name, number))?);
+        runs.extend(read::<Run>(&folder, &run_name(&name, number))?);
     }
     runs.sort_by(|a, b| (&a.name, a.number).cmp(&(&b.name, b.number)));
     Ok(runs)
 }
 
-fn slot_name(example: &str, number: u16) -> String {
+fn run_name(example: &str, number: u16) -> String {
     format!("{example}.{number}")
 }
 
@@ -288,47 +242,19 @@ fn numbers(folder: &Path) -> Result<Vec<(String, u16)>> {
     Ok(files.flatten().filter_map(parse).collect())
 }
 
-/// Says that this process depends on a broker that another one owns. While it is held, a `lab run` that owns the broker
-/// does not stop it.
-#[derive(Debug)]
-pub struct Use {
-    _lock: File,
-}
-
-impl Use {
-    /// Holds the broker.
-    ///
-    /// # Errors
-    /// The folder cannot be written.
-    pub fn of(home: &Home, service: Service) -> Result<Use> {
-        let lock = open_lock(&run_folder(home)?.join(format!("{service}.users")))?;
-        lock.lock_shared().context(LOCK_TROUBLE)?;
-        Ok(Use { _lock: lock })
-    }
-}
-
 /// What the service's owner says, if it has one that lives. Right after its start the owner may not have said anything
 /// yet: that counts as none.
-///
-/// # Errors
-/// The folder cannot be written, or the entry cannot be read.
-pub fn find(home: &Home, service: Service) -> Result<Option<Entry>> {
-    Slot::read(&run_folder(home)?, service.name())
+pub(super) fn find(home: &Home, service: Service) -> Result<Option<Entry>> {
+    read(&run_folder(home)?, service.name())
 }
 
 /// Whether some process owns the service, be it ready or still starting.
-///
-/// # Errors
-/// The folder cannot be written.
-pub fn is_owned(home: &Home, service: Service) -> Result<bool> {
-    Slot::is_held(&run_folder(home)?, service.name())
+pub(super) fn is_owned(home: &Home, service: Service) -> Result<bool> {
+    is_held(&run_folder(home)?, service.name())
 }
 
 /// Waits until a service that another process is starting has been published, and returns `None` if its owner gave up.
-///
-/// # Errors
-/// The time is up, or the registry cannot be read.
-pub fn await_entry(home: &Home, service: Service, limit: Duration) -> Result<Option<Entry>> {
+pub(super) fn await_entry(home: &Home, service: Service, limit: Duration) -> Result<Option<Entry>> {
     let deadline = Instant::now() + limit;
     loop {
         if let Some(entry) = find(home, service)? {
@@ -348,10 +274,7 @@ pub fn await_entry(home: &Home, service: Service, limit: Duration) -> Result<Opt
 }
 
 /// Sends the order to the owner, which listens at `socket`, and waits until it is carried out.
-///
-/// # Errors
-/// The owner does not answer, or could not do it.
-pub fn send(owner: u32, socket: &Path, order: &Order) -> Result<()> {
+pub(super) fn send(owner: u32, socket: &Path, order: &Order) -> Result<()> {
     let mut stream = UnixStream::connect(socket).with_context(|| {
         format!(
             "process {owner}, which runs {}, does not answer",
@@ -376,18 +299,15 @@ pub fn send(owner: u32, socket: &Path, order: &Order) -> Result<()> {
 
 /// Where an owner takes orders. The file goes with it.
 #[derive(Debug)]
-pub struct Desk {
+pub(super) struct Desk {
     /// To be told to others, in [`Entry::socket`].
-    pub path: PathBuf,
+    pub(super) path: PathBuf,
     listener: UnixListener,
 }
 
 impl Desk {
     /// Opens the desk of this process.
-    ///
-    /// # Errors
-    /// The socket cannot be made.
-    pub fn open(home: &Home) -> Result<Desk> {
+    pub(super) fn open(home: &Home) -> Result<Desk> {
         let folder = run_folder(home)?;
         // Owners that were killed left theirs.
         for path in fs::read_dir(&folder)
@@ -416,7 +336,7 @@ impl Desk {
 
     /// Answers orders, one after the other, for as long as the process lives. `busy` is locked from the moment an order
     /// comes until it has been answered.
-    pub fn serve(self, busy: &Mutex<()>, mut handle: impl FnMut(Order) -> Result<()>) {
+    pub(super) fn serve(self, busy: &Mutex<()>, mut handle: impl FnMut(Order) -> Result<()>) {
         for stream in self.listener.incoming().flatten() {
             let _busy = busy.lock().unwrap_or_else(PoisonError::into_inner);
             let _ = answer(stream, &mut handle);
@@ -436,37 +356,6 @@ fn answer(mut stream: UnixStream, handle: &mut impl FnMut(Order) -> Result<()>) 
         Err(error) => writeln!(stream, "{}", serde_json::to_string(&format!("{error:#}"))?)?,
     }
     Ok(())
-}
-
-/// What there is to say of a broker that this process owns. `paused` are the nodes that were told to pause.
-///
-/// # Errors
-/// The system does not say how a node is.
-pub fn describe(broker: &Broker, socket: &Path, detached: bool, paused: &[u16]) -> Result<Entry> {
-    let mut nodes = Vec::new();
-    for number in broker.numbers() {
-        let state = match broker.state(number)? {
-            crate::broker::NodeState::Ended => "ended",
-            crate::broker::NodeState::Running if paused.contains(&number) => "paused",
-            crate::broker::NodeState::Running => "running",
-        };
-        nodes.push(EntryNode {
-            number,
-            pid: broker.pid(number)?,
-            state: state.to_owned(),
-            log: broker.log(number)?.to_owned(),
-        });
-    }
-    Ok(Entry {
-        owner: std::process::id(),
-        detached,
-        backend: broker.backend().to_string(),
-        env: broker.env(),
-        web: broker.web(),
-        nodes,
-        folder: broker.folder().to_owned(),
-        socket: socket.to_owned(),
-    })
 }
 
 fn run_folder(home: &Home) -> Result<PathBuf> {

@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result};
 
 /// What a shell reports for a program that Ctrl-C has ended.
-pub const EXIT_CODE: u8 = 130;
+pub(super) const EXIT_CODE: u8 = 130;
 
 /// Whether interrupts are sent to the receiver, and do not end the process.
 static AWAITED: AtomicBool = AtomicBool::new(false);
@@ -25,7 +25,7 @@ static FILES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 ///
 /// # Errors
 /// The system refuses.
-pub fn catch() -> Result<Receiver<()>> {
+pub(super) fn catch() -> Result<Receiver<()>> {
     let (sender, receiver) = mpsc::channel();
     ctrlc::set_handler(move || {
         if AWAITED.load(Ordering::SeqCst) {
@@ -39,17 +39,17 @@ pub fn catch() -> Result<Receiver<()>> {
 }
 
 /// From here on each interrupt is a message to the receiver.
-pub fn attend() {
+pub(super) fn attend() {
     AWAITED.store(true, Ordering::SeqCst);
 }
 
 /// From here on each interrupt ends the process again.
-pub fn stop_attending() {
+pub(super) fn stop_attending() {
     AWAITED.store(false, Ordering::SeqCst);
 }
 
 /// Has the file removed when an interrupt ends the process.
-pub fn remove_at_end(file: PathBuf) {
+pub(super) fn remove_at_end(file: PathBuf) {
     let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
     files.push(file);
 }

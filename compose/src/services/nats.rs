@@ -1,0 +1,169 @@
+//! nats-server with JetStream: one program, built by Go or packaged by Debian.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use super::setup::{fill, write};
+use super::{Facts, Program, Setup, Site, Spec, Web};
+use crate::fetch::apt::{self, Packages};
+use crate::fetch::{self, Part, Source, go};
+use crate::home::Home;
+use crate::ports;
+use crate::probe::Greeting;
+use crate::terminal::say;
+
+pub(super) struct Nats;
+
+const PROGRAM: &str = "nats-server";
+
+const MODULE: go::Module = go::Module {
+    program: PROGRAM,
+    module: include_str!("../../nats/module"),
+};
+
+const PACKAGE: Packages = Packages {
+    name: PROGRAM,
+    label: PROGRAM,
+    suite: None,
+    candidates: &[PROGRAM],
+    keep: |package, _| package == PROGRAM,
+    finish: |root, _| match packaged_in(root) {
+        program if fetch::is_program(&program) => Ok(()),
+        program => bail!("the package holds no {}", program.display()),
+    },
+};
+
+const ADVICE: fetch::Advice = fetch::Advice {
+    program: PROGRAM,
+    debian: "nats-server",
+    fedora: "golang",
+    brew: "nats-server",
+};
+
+impl Spec for Nats {
+    fn facts(&self) -> Facts {
+        Facts {
+            name: "nats",
+            title: "NATS",
+            variable: "NATS_URL",
+            port: 4222,
+            web: Some(Web {
+                variable: "NATS_MONITOR_URL",
+                port: 8222,
+            }),
+            most_nodes: 5,
+            // The one on which the nodes of a cluster talk.
+            other_ports: 1,
+            free_ports: ports::RANGE,
+            // The server speaks first.
+            greeting: Greeting::Handshake {
+                ask: b"",
+                answer: |bytes| bytes.starts_with(b"INFO {"),
+            },
+        }
+    }
+
+    fn address(&self, hosts: &[String]) -> String {
+        let urls: Vec<_> = hosts.iter().map(|host| format!("nats://{host}")).collect();
+        urls.join(",")
+    }
+
+    fn program(&self) -> &dyn Program {
+        self
+    }
+
+    fn set_up(&self, site: &Site) -> Result<Setup> {
+        let program = program(site.home)?;
+        let routes: Vec<_> = site
+            .nodes
+            .iter()
+            .map(|node| format!("\"nats://127.0.0.1:{}\"", node.others[0]))
+            .collect();
+        let mut nodes = Vec::new();
+        for node in site.nodes {
+            let folder = site.folder_of(node)?;
+            let cluster = match site.nodes {
+                [_] => String::new(),
+                _ => format!(
+                    "cluster {{\n  name: \"lab\"\n  listen: \"127.0.0.1:{}\"\n  routes: [{}]\n}}",
+                    node.others[0],
+                    routes.join(", ")
+                ),
+            };
+            let values = [
+                ("node", node.number.to_string()),
+                ("port", node.client.to_string()),
+                ("web_port", node.web.to_string()),
+                ("data", folder.join("data").display().to_string()),
+                ("cluster", cluster),
+            ];
+            let conf = folder.join("server.conf");
+            write(
+                &conf,
+                &fill(include_str!("../../nats/server.conf"), &values)?,
+            )?;
+            let mut run = Command::new(&program);
+            run.arg("-c").arg(conf);
+            nodes.push(node.node(run));
+        }
+        let is_ours = MODULE
+            .installed(site.home)
+            .is_some_and(|ours| ours == program);
+        Ok(Setup::of(nodes, is_ours.then(|| self.version())))
+    }
+
+    fn health(&self, _host: &str, web: &str) -> Vec<String> {
+        vec![format!("{web}/healthz")]
+    }
+}
+
+impl Program for Nats {
+    fn version(&self) -> String {
+        MODULE.version()
+    }
+
+    fn parts(&self, home: &Home) -> Vec<Part> {
+        let source = if let Some(program) = fetch::which(PROGRAM) {
+            Source::Machine(program)
+        } else if let Some(program) = MODULE.installed(home) {
+            Source::Cache(program)
+        } else if fetch::which("go").is_some() {
+            Source::Go
+        } else {
+            PACKAGE.source(home, ADVICE)
+        };
+        vec![Part::new(PROGRAM, source)]
+    }
+
+    fn fetch(&self, home: &Home) -> Result<()> {
+        program(home).map(drop)
+    }
+}
+
+/// The one on PATH, else the one that Go builds, else Debian's.
+fn program(home: &Home) -> Result<PathBuf> {
+    if let Some(program) = fetch::which(PROGRAM).or_else(|| MODULE.installed(home)) {
+        return Ok(program);
+    }
+    let packaged = || Ok(packaged_in(&PACKAGE.install(home)?));
+    match fetch::which("go") {
+        Some(go) => MODULE.install(home, &go).or_else(|error| {
+            if !apt::available() || fetch::is_interrupt(&error) {
+                return Err(error);
+            }
+            // A Go that is too old cannot build it. Where the network is the trouble, apt will say so.
+            say!("{error:#}\ntaking Debian's {PROGRAM} instead");
+            packaged()
+        }),
+        None if apt::available() => packaged(),
+        None => bail!("{ADVICE}"),
+    }
+}
+
+fn packaged_in(root: &Path) -> PathBuf {
+    let folders = ["usr/sbin", "usr/bin"].map(|folder| root.join(folder).join(PROGRAM));
+    let found = folders.iter().find(|program| program.exists());
+    found.unwrap_or(&folders[1]).clone()
+}

@@ -1,0 +1,216 @@
+//! Nodes of a service that are ready to be started: their ports, folders and commands.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{ClassArchive, names};
+use crate::Service;
+use crate::home::Home;
+use crate::ports::{self, Claim, Ports};
+
+/// One node of a service, ready to be started, and started again after a kill.
+#[derive(Debug)]
+pub(crate) struct Node {
+    /// From 1.
+    pub(crate) number: u16,
+    /// To be run once before the first start, such as the formatting of the storage.
+    pub(crate) prepare: Option<Command>,
+    /// The broker itself.
+    pub(crate) run: Command,
+    /// `host:port` for clients.
+    pub(crate) host: String,
+    /// The address of the web console or the admin interface.
+    pub(crate) web: Option<String>,
+}
+
+/// A whole service: its nodes, and what they need beside them.
+#[derive(Debug)]
+pub(crate) struct Setup {
+    /// In order of their numbers.
+    pub(crate) nodes: Vec<Node>,
+    /// What is started, if that is known: a program of the machine is not asked.
+    pub(crate) version: Option<String>,
+    /// A process that has to run before the nodes and for as long as they do.
+    pub(crate) companion: Option<Command>,
+    /// What the first node writes at an orderly end, if it is not there yet.
+    pub(crate) archive: Option<ClassArchive>,
+    /// Held for as long as the nodes may run.
+    pub(super) claims: Vec<Claim>,
+}
+
+impl Setup {
+    /// Nodes that need nothing beside them.
+    pub(crate) fn of(nodes: Vec<Node>, version: Option<String>) -> Setup {
+        Setup {
+            nodes,
+            version,
+            companion: None,
+            archive: None,
+            claims: Vec::new(),
+        }
+    }
+}
+
+/// Where a service is set up.
+pub(crate) struct Site<'a> {
+    /// Where programs are.
+    pub(crate) home: &'a Home,
+    /// For configuration and storage.
+    pub(crate) folder: &'a Path,
+    /// Of each node, of which there is at least one.
+    pub(crate) nodes: &'a [NodePorts],
+}
+
+/// The port numbers of one node.
+pub(crate) struct NodePorts {
+    /// The node's number, from 1.
+    pub(crate) number: u16,
+    /// For clients.
+    pub(crate) client: u16,
+    /// For the web console; 0 if the service has none.
+    pub(crate) web: u16,
+    /// As many as the service has asked for.
+    pub(crate) others: Vec<u16>,
+}
+
+impl NodePorts {
+    /// The node that this command starts.
+    pub(crate) fn node(&self, run: Command) -> Node {
+        Node {
+            number: self.number,
+            prepare: None,
+            run,
+            host: format!("127.0.0.1:{}", self.client),
+            web: (self.web != 0).then(|| format!("http://127.0.0.1:{}", self.web)),
+        }
+    }
+}
+
+impl Site<'_> {
+    /// The folder of one node, made if need be.
+    pub(crate) fn folder_of(&self, node: &NodePorts) -> Result<PathBuf> {
+        let path = self.folder.join(format!("node-{}", node.number));
+        fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        Ok(path)
+    }
+}
+
+/// Writes the configuration of `count` nodes into `folder`. What has not been fetched is fetched.
+///
+/// # Errors
+/// The program cannot be had, a default port is taken, or the folder cannot be written.
+pub(crate) fn prepare(
+    service: Service,
+    home: &Home,
+    folder: &Path,
+    count: u16,
+    ports: Ports,
+) -> Result<Setup> {
+    let spec = service.spec();
+    check_count(service, count)?;
+    let mut claims = Vec::new();
+    let nodes: Vec<_> = (0..count)
+        .map(|index| choose_ports(service, index, ports, &mut claims))
+        .collect::<Result<_>>()?;
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let mut setup = spec.set_up(&Site {
+        home,
+        folder,
+        nodes: &nodes,
+    })?;
+    setup.claims = claims;
+    Ok(setup)
+}
+
+/// Fails readably if so many nodes cannot run.
+pub(crate) fn check_count(service: Service, count: u16) -> Result<()> {
+    let most = service.spec().facts().most_nodes;
+    ensure!(
+        count <= most,
+        "{service} runs on {most} node here, not on {count}; several nodes: {}",
+        names(|spec| spec.facts().most_nodes > 1)
+    );
+    Ok(())
+}
+
+fn choose_ports(
+    service: Service,
+    index: u16,
+    ports: Ports,
+    claims: &mut Vec<Claim>,
+) -> Result<NodePorts> {
+    let facts = service.spec().facts();
+    let mut keep = |claim: Claim| {
+        let port = claim.port;
+        claims.push(claim);
+        port
+    };
+    let client = match ports {
+        Ports::From(first) => {
+            let port = first + index;
+            require_free(service, port)?;
+            port
+        }
+        Ports::Free => keep(ports::claim_in(facts.free_ports)?),
+    };
+    // Nobody connects to the console by default, so a taken port is no reason to fail.
+    let web = match facts.web.map(|web| web.port + index) {
+        Some(port) if ports != Ports::Free && ports::is_free(port) => port,
+        Some(_) => keep(ports::claim()?),
+        None => 0,
+    };
+    let others = (0..facts.other_ports)
+        .map(|_| Ok(keep(ports::claim()?)))
+        .collect::<Result<_>>()?;
+    Ok(NodePorts {
+        number: index + 1,
+        client,
+        web,
+        others,
+    })
+}
+
+/// Fails readably if the port is taken.
+pub(crate) fn require_free(service: Service, port: u16) -> Result<()> {
+    if !ports::is_free(port) {
+        bail!(
+            "port {port} is taken by a program that is not a {service} that `lab` started; \
+             stop that program, choose another port with LAB_PORTS={service}=PORT, \
+             or set {} to the address of a {service} of your own",
+            service.variable()
+        );
+    }
+    Ok(())
+}
+
+pub(super) fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Replaces each `{name}`; a name without a value is a mistake in the template.
+pub(super) fn fill(template: &str, values: &[(&str, String)]) -> Result<String> {
+    let mut text = template.to_owned();
+    for (name, value) in values {
+        let mark = format!("{{{name}}}");
+        if !text.contains(&mark) {
+            bail!("the template has no {mark}");
+        }
+        text = text.replace(&mark, value);
+    }
+    Ok(text)
+}
+
+/// Puts folders before those that a variable of the environment has.
+pub(super) fn put_first(command: &mut Command, variable: &str, folders: &[PathBuf]) {
+    let old = std::env::var_os(variable).unwrap_or_default();
+    let old = std::env::split_paths(&old).filter(|path| !path.as_os_str().is_empty());
+    let all: Vec<PathBuf> = folders.iter().cloned().chain(old).collect();
+    if !folders.is_empty()
+        && let Ok(value) = std::env::join_paths(all)
+    {
+        command.env(variable, value);
+    }
+}
