@@ -27,13 +27,13 @@
 //! replayed one does not expire again. Replaying stops after those that were there at the start, or one that dies again
 //! would be replayed for ever.
 //!
-//! Don't overstate it: a classic queue hands dead letters on without waiting for a confirm, and if the broker dies right
-//! then, one may be lost. Quorum queues can wait (`x-dead-letter-strategy: at-least-once`, since 3.10).
+//! Don't overstate it: a classic queue hands dead letters on without waiting for a confirm, and if the broker dies
+//! right then, one may be lost. Quorum queues can wait (`x-dead-letter-strategy: at-least-once`).
 //!
 //! Try: replay with nobody at the work queue, five times: the queue holds three, so the oldest die again.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the argument is nothing, `inspect` or
-//! `replay`. The same on 3.10 and 4.x. See also: rabbitmq_retry_backoff, rabbitmq_quorum_queue, rabbitmq_ttl_overflow.
+//! `replay`. See also: rabbitmq_retry_backoff, rabbitmq_quorum_queue, rabbitmq_ttl_overflow.
 
 use std::time::Duration;
 
@@ -171,7 +171,8 @@ async fn replay(channel: &Channel) -> anyhow::Result<()> {
             left.push(message); // held until the end, or it would come again
             continue;
         };
-        // The story stays with the dead: the broker owns x-death, and would add to it.
+        // The story stays with the dead, and a copy begins its own. 3.x would go on counting in the old one; 4.x would
+        // show it to consumers as if it were the copy's.
         let mut properties = message.properties.clone();
         if let Some(headers) = properties.headers() {
             let mut kept = FieldTable::default();

@@ -25,9 +25,9 @@
 //! Try: send SIGTERM; set GRACE_SECONDS=1, and see what is cut short come back. A second Ctrl-C ends it at once.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); GRACE_SECONDS (20), to be shorter than
-//! what your service manager allows; TASK_SECONDS (2), the work; the arguments `send N` send tasks. The same on 3.10 and
-//! 4.x, except that a quorum queue counts what is given back by a close as failed deliveries (limit 20 from 4.0). See
-//! also: rabbitmq_worker.
+//! what your service manager allows; TASK_SECONDS (2), the work; the arguments `send N` send tasks. A quorum queue
+//! counts what comes back as failed deliveries, after a close and after a `nack`, and has a limit (20 by default); from
+//! 4.3 on, a `nack` does not count. See also: rabbitmq_worker.
 
 use std::time::Duration;
 

@@ -33,9 +33,9 @@
 //! Try: `cargo lab kill rabbitmq_idempotent_consumer` at any moment while it works through 5000 payments, start it
 //! again: the sum is right. Set IDS_KEPT=2 and send 3 twice: forgotten ids are paid again.
 //!
-//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); PAYMENTS_DB (rabbitmq-payments.sqlite in
-//! the current folder); IDS_KEPT (100000); the arguments `send N` send payments 1 to N. The same on 3.10 and 4.x. See
-//! also: rabbitmq_reconnect, kafka_idempotent_consumer.
+//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); PAYMENTS_DB (rabbitmq-payments.sqlite
+//! in the current folder); IDS_KEPT (100000); the arguments `send N` send payments 1 to N. See also:
+//! rabbitmq_reconnect, kafka_idempotent_consumer.
 
 use std::pin::pin;
 use std::time::Duration;

@@ -22,8 +22,7 @@
 //!
 //! Try: unbind `mandatory.orders` in the web console while the program runs.
 //!
-//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). The same on 3.10 and 4.x. See also:
-//! rabbitmq_publisher_confirms.
+//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). See also: rabbitmq_publisher_confirms.
 
 use std::time::Duration;
 

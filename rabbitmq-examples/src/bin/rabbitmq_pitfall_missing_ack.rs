@@ -15,16 +15,17 @@
 //! ```
 //!
 //! Notice: `wrong` works while it is watched. With a prefetch limit it stops after so many messages, without one the
-//! broker's memory fills, and after half an hour the broker closes the channel (`consumer_timeout`). Depth alone does
-//! not show it: the messages are not ready, they are unacknowledged, so watch both. The usual advice, to `nack` with
-//! `requeue` what has failed, is the loop: a failure that does not go away costs a whole core on both sides.
+//! broker's memory fills, and after half an hour the broker closes the channel (`consumer_timeout`; from 4.3 on not for
+//! classic queues such as this one). Depth alone does not show it: the messages are not ready, they are unacknowledged,
+//! so watch both. The usual advice, to `nack` with `requeue` what has failed, is the loop: a failure that does not go
+//! away costs a whole core on both sides.
 //!
 //! Try: `rabbitmq_pitfall_missing_ack loop`, and look at the broker's CPU in the meantime.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"), also for the name and the password of
-//! the HTTP API; RABBITMQ_MANAGEMENT_URL (http://localhost:15672); the argument is one of wrong, right, loop, cure.
-//! Quorum queues have no delivery limit before 4.0 unless one is set, and 20 from then on. Since 4.3 only `reject`
-//! counts as a failed delivery, `nack` no longer does: the cure uses `reject`. See also: rabbitmq_queue_monitor,
+//! the HTTP API; RABBITMQ_MANAGEMENT_URL (http://localhost:15672); the argument is one of wrong, right, loop, cure. The
+//! delivery limit of a quorum queue that sets none is 20, and in 3.x there is none. From 4.3 on `nack` does not count
+//! as a failed delivery, and `reject` still does: the cure uses `reject`. See also: rabbitmq_queue_monitor,
 //! rabbitmq_quorum_queue, rabbitmq_dead_letter.
 
 use std::time::{Duration, Instant};

@@ -16,9 +16,10 @@
 //!
 //! Try: change PREFETCHES to 2 and 3. Take two queues with consumers of their own instead: nothing starves.
 //!
-//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). `x-max-priority` is for classic queues,
-//! on 3.10 and 4.x; quorum queues have two levels from 4.0 on, without being asked (up to 4 is normal, 5 and more is
-//! high, two normal ones in between each high one). See also: rabbitmq_worker.
+//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). `x-max-priority` is for classic
+//! queues. Quorum queues have levels without being asked. From 4.0 to 4.2 there are two: up to 4 is normal, 5 and more
+//! is high, and two high ones come for each normal one. From 4.3 on there are 32, and the higher one always comes
+//! first. In 3.x there are none. See also: rabbitmq_worker.
 
 use std::time::Duration;
 

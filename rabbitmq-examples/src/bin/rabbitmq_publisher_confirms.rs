@@ -25,8 +25,8 @@
 //! meanwhile.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the arguments are how many messages
-//! (2000), of 1 KB each, and one of `single`, `batches`, `streaming`. Classic queues, the same on 3.10 and 4.x. See
-//! also: rabbitmq_mandatory, rabbitmq_reconnect, rabbitmq_ttl_overflow.
+//! (2000), of 1 KB each, and one of `single`, `batches`, `streaming`. The queues are classic ones. See also:
+//! rabbitmq_mandatory, rabbitmq_reconnect, rabbitmq_ttl_overflow.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};

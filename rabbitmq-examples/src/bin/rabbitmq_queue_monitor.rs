@@ -41,8 +41,8 @@
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f), for the virtual host, the name and the password;
 //! RABBITMQ_MANAGEMENT_URL (http://localhost:15672); MONITOR_THRESHOLD (10000) messages; MONITOR_INTERVAL (10) in
 //! seconds; the arguments are names of queues. For many queues, take the metrics that the Prometheus plugin exports
-//! (`rabbitmq_detailed_queue_messages_ready`): the statistics of the management plugin are costly, and 4.x means to
-//! give them up. See also: rabbitmq_pitfall_missing_ack.
+//! (`rabbitmq_detailed_queue_messages_ready`): the statistics of the management plugin are costly, and deprecated. See
+//! also: rabbitmq_pitfall_missing_ack.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;

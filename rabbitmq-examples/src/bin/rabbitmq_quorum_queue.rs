@@ -30,13 +30,14 @@
 //! Notice: a limit without a dead-letter exchange drops the message when it is reached. `at-least-once` dead-lettering
 //! waits until the dead letter is confirmed, which takes `reject-publish` as overflow. A worker that crashes counts as a
 //! failed delivery of all that it held: with a high prefetch, four crashes move everything to the dead letters.
-//! Killing a process does not prove that a power failure is survived; quorum queues call fsync before they confirm.
-//! The exception is a queue that was just declared: a single node of 3.10 that is killed within half a second has not
-//! written down yet that it has the queue, and comes back without it and its messages.
+//! Killing a process does not prove that a power failure is survived; quorum queues call fsync before they confirm. The
+//! exception is a queue that was just declared: a single node that is killed within half a second has not written down
+//! yet that it has the queue, and comes back without it and its messages.
 //!
-//! 3.10 has no delivery limit unless one is set; from 4.0 on it is 20, and -1 turns it off. From 4.3 on only `reject` and
-//! lost consumers count as failures; `nack` gives a message back without counting. This program uses `reject`, which
-//! counts everywhere. Mirrored classic queues, the old way to replicate, are gone in 4.x.
+//! A queue that sets no delivery limit has one of 20, and -1 turns it off; in 3.x it has none. Up to 4.2 whatever comes
+//! back counts as a failure. From 4.3 on only `reject` and lost consumers do; `nack` gives a message back without
+//! counting. This program uses `reject`, which counts everywhere. Mirrored classic queues, the old way to replicate,
+//! are gone since 4.0.
 //!
 //! Try: `cargo lab kill rabbitmq` and `cargo lab restart rabbitmq` between send and receive;
 //! `cargo lab up rabbitmq --nodes 3`, and `cargo lab kill rabbitmq.2` or `cargo lab kill rabbitmq.3` in the middle of a
@@ -119,7 +120,7 @@ async fn declare_queues(channel: &Channel) -> lapin::Result<()> {
     set("x-dead-letter-strategy", "at-least-once");
     set("x-overflow", "reject-publish");
     let durable = QueueDeclareOptions::durable(); // quorum queues are never anything else
-    // A classic queue: from 4.0 a quorum queue would count each look at the dead as a failure, and drop them after 20.
+    // A classic queue: a quorum queue would count each look at the dead as a failure, and drop them after more than 20.
     channel
         .queue_declare(DEAD.into(), durable, FieldTable::default())
         .await?;

@@ -26,8 +26,9 @@
 //!
 //! Try: `rabbitmq_emit_log` before this is started; stop it with SIGSTOP while lines come, then let it go on.
 //!
-//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). Exclusive queues are the same on 3.10
-//! and 4.x; a transient queue that is shared is deprecated in 4.x. See also: rabbitmq_emit_log.
+//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). A transient queue should be exclusive,
+//! as this one is: one that is shared is deprecated, and refused from 4.3 on unless the broker is set to permit it. See
+//! also: rabbitmq_emit_log.
 
 use std::pin::pin;
 use std::time::Duration;

@@ -25,7 +25,8 @@
 //! Try: the same two headers with `all`.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the arguments are `all` or `any`, and
-//! headers NAME=VALUE. `all-with-x` and `any-with-x` exist since 3.10. See also: rabbitmq_emit_log_headers.
+//! headers NAME=VALUE. With `all-with-x` and `any-with-x`, headers whose names start with `x-` would count, too. See
+//! also: rabbitmq_emit_log_headers.
 
 use std::pin::pin;
 use std::time::Duration;

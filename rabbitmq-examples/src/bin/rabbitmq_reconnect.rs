@@ -51,8 +51,8 @@
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the argument `publish` or `consume`
 //! does one half of it. One at a time, and `publish` before `consume`: who publishes begins with an empty queue. The
-//! same on 3.10 and 4.x; for a node that does not come back take a quorum queue. See also: rabbitmq_quorum_queue,
-//! rabbitmq_publisher_confirms, rabbitmq_idempotent_consumer.
+//! queue is a classic one, on a single node; for a node that does not come back take a quorum queue. See also:
+//! rabbitmq_quorum_queue, rabbitmq_publisher_confirms, rabbitmq_idempotent_consumer.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -29,14 +29,13 @@
 //!
 //! Don't overstate it: the way back is the broker's. A classic queue hands on what has expired without waiting for a
 //! confirm, and if the broker dies right then, that payment may be lost. Quorum queues can wait
-//! (`x-dead-letter-strategy: at-least-once`, since 3.10).
+//! (`x-dead-letter-strategy: at-least-once`).
 //!
 //! Try: send while it is stopped; `cargo lab kill rabbitmq_retry_backoff` while payment-3 is on its way, and start it
 //! again.
 //!
-//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). The same on 3.10 and 4.x; from 4.0 a
-//! quorum queue for the payments would count deliveries, too (limit 20). See also: rabbitmq_dead_letter,
-//! rabbitmq_quorum_queue.
+//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). A quorum queue for the payments would
+//! count deliveries, too (limit 20 by default). See also: rabbitmq_dead_letter, rabbitmq_quorum_queue.
 
 use std::collections::BTreeMap;
 use std::pin::pin;

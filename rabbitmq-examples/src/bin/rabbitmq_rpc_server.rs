@@ -20,8 +20,9 @@
 //!
 //! Try: start several servers: they share the requests. `cargo lab kill rabbitmq_rpc_server.1`.
 //!
-//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). The queue is durable because a shared
-//! queue that is not is deprecated in 4.x. See also: rabbitmq_rpc_client.
+//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). The queue is durable because a
+//! transient queue that is shared is deprecated, and refused from 4.3 on unless the broker is set to permit it. See
+//! also: rabbitmq_rpc_client.
 
 use std::pin::pin;
 use std::time::Duration;

@@ -69,9 +69,9 @@ async fn connect(addr: &str) -> anyhow::Result<Connection> {
 
 /// Sender and receiver declare the queue with the same arguments: whichever comes first creates it.
 ///
-/// Without `x-queue-type` it is a classic queue: durable, on one node, the same on 3.10 and 4.x. Work that has to outlive
-/// a node belongs in a cluster's quorum queues, with a dead-letter target like the one here: from 4.0 on, they drop what
-/// came back 20 times.
+/// Without `x-queue-type` it is a classic queue: durable, on one node. Work that has to outlive a node belongs in a
+/// cluster's quorum queues, with a dead-letter target like the one here: without one, they drop what came back more
+/// than 20 times.
 async fn declare_queues(channel: &Channel) -> lapin::Result<()> {
     let mut tasks = FieldTable::default();
     let mut set = |key: &str, value: &str| {

@@ -39,8 +39,8 @@
 //! Try: `rabbitmq_stream last`; a time in seconds such as `@1750000000`, or `@0` for the beginning.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the argument is first, last, next, an
-//! offset, @SECONDS, or `send EVENT ...`. The same on 3.10 and 4.x; the clients of the stream protocol are faster and
-//! can leave their offset with the broker. See also: rabbitmq_emit_log, kafka_replay.
+//! offset, @SECONDS, or `send EVENT ...`. The clients of the stream protocol are faster and can leave their offset with
+//! the broker. See also: rabbitmq_emit_log, kafka_replay.
 
 use std::pin::pin;
 use std::time::Duration;

@@ -34,7 +34,7 @@
 //! which makes each span wait, by `with_batch_exporter`: `shutdown` at the end of `main` then sends what is left.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); SLOW_MS (1000); the argument `send`
-//! sends three orders. The same on 3.10 and 4.x. See also: kafka_tracing, which has metrics, too; rabbitmq_queue_monitor.
+//! sends three orders. See also: kafka_tracing, which has metrics, too; rabbitmq_queue_monitor.
 
 use std::pin::pin;
 use std::time::{Duration, Instant};

@@ -20,8 +20,8 @@
 //!
 //! Try: rabbitmq_dead_letter, to keep what these drop. Give the quick publisher a slower consumer.
 //!
-//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). Classic queues, the same on 3.10 and
-//! 4.x. A few messages more than the maximum may get in while publishers are fast. See also: rabbitmq_dead_letter,
+//! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"). The queues are classic ones. A few
+//! messages more than the maximum may get in while publishers are fast. See also: rabbitmq_dead_letter,
 //! rabbitmq_publisher_confirms, rabbitmq_retry_backoff.
 
 use std::sync::Arc;

@@ -28,7 +28,7 @@
 //! the longest, else `.2`. Press Ctrl-C in the middle of a task: it is finished first.
 //!
 //! Settings: AMQP_ADDR (amqp://localhost:5672/%2f; %2f is the virtual host "/"); the argument is the number of workers
-//! (1). A classic queue, the same on 3.10 and 4.x. See also: rabbitmq_new_task, rabbitmq_quorum_queue.
+//! (1). The queue is a classic one, on a single node. See also: rabbitmq_new_task, rabbitmq_quorum_queue.
 
 use std::num::NonZeroU16;
 use std::pin::pin;
