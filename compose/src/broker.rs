@@ -130,7 +130,7 @@ impl Broker {
     pub(crate) fn mock(service: Service, program: &Path, home: &Home) -> Result<Broker> {
         let node = Node {
             number: 1,
-            prepare: None,
+            first: None,
             run: Command::new(program),
             host: String::new(),
             web: None,
@@ -183,8 +183,8 @@ impl Broker {
         for node in &mut setup.nodes {
             let log = log_path(logs, service, node.number);
             let (out, err) = log_streams(&log, true)?;
-            if let Some(prepare) = node.prepare.take() {
-                let status = Supervised::spawn(&prepare, out, err, None)?.wait()?;
+            if let Some(first) = node.first.take() {
+                let status = Supervised::spawn(&first, out, err, None)?.wait()?;
                 if !status.success() {
                     return Err(epitaph(service, &log));
                 }

@@ -45,7 +45,7 @@ pub(crate) fn node(service: Service) -> Node {
     let facts = service.spec().facts();
     Node {
         number: 1,
-        prepare: None,
+        first: None,
         run: compose(&["up", "--no-log-prefix", service.name()]),
         host: format!("127.0.0.1:{}", facts.port),
         web: facts

@@ -18,7 +18,7 @@ pub(crate) const RANGE: Range<u16> = 20_000..32_000;
 /// Which ports a broker listens on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ports {
-    /// This one for clients, the next numbers for those of further nodes, and the customary ones for web consoles.
+    /// This one for clients, the next numbers for those of further nodes, and the customary one for the first's console.
     From(u16),
     /// Ones that nobody else has or will have.
     Free,

@@ -114,6 +114,15 @@ fn rabbitmq_nodes_form_a_cluster() {
     });
 }
 
+/// What is said of RabbitMQ is said of 4.x. An older one is a fall-back for learners, and proves nothing here.
+#[test]
+fn rabbitmq_under_test_is_a_supported_one() {
+    let broker = Broker::private(Service::RabbitMq).unwrap();
+    let version = broker.version().unwrap();
+    let major = version.split('.').next().unwrap();
+    assert!(major.parse::<u32>().unwrap() >= 4, "{version}");
+}
+
 #[test]
 fn nats_nodes_form_a_cluster() {
     let cluster = Broker::private_cluster(Service::Nats, 3).unwrap();

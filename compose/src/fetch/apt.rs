@@ -87,7 +87,8 @@ impl Suite {
             )?;
         let output = Command::new("apt-get")
             .args(["indextargets", "Created-By: Packages", "Component: main"])
-            .args(["--format", "$(REPO_URI) $(CODENAME)"])
+            // Also of a machine that has not fetched its lists.
+            .args(["--no-release-info", "--format", "$(REPO_URI) $(RELEASE)"])
             .stdin(Stdio::null())
             .output()
             .context("cannot start apt-get")?;
@@ -96,9 +97,10 @@ impl Suite {
         let lines: BTreeSet<String> = said
             .lines()
             .filter_map(|line| line.split_once(' '))
-            // bookworm, bookworm-updates, bookworm-security
-            .filter_map(|(mirror, codename)| {
-                let part = codename.strip_prefix(&own)?;
+            // bookworm, stable, bookworm-updates, bookworm-security
+            .filter_map(|(mirror, release)| {
+                let names = [own.as_str(), "stable", "oldstable", "oldoldstable"];
+                let part = names.iter().find_map(|name| release.strip_prefix(name))?;
                 (part.is_empty() || part.starts_with('-')).then_some((mirror, part))
             })
             .map(|(mirror, part)| {
@@ -243,7 +245,7 @@ impl Packages {
             return Err(tool::failure("apt", None, update, work.log).into());
         }
         let error = last.context("no package to ask for")?;
-        Err(error.context(format!("this release has no {}", self.candidates[0])))
+        Err(error.context(format!("apt finds no {}", self.candidates[0])))
     }
 }
 
@@ -296,6 +298,7 @@ impl Apt {
                 .arg("-o")
                 .arg(format!("Dir::Etc::SourceList={}", sources.display()));
             command.args(["-o", "Dir::Etc::SourceParts=/dev/null"]);
+            command.args(["-o", "APT::Default-Release="]);
         }
         command
     }

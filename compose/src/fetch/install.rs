@@ -182,9 +182,12 @@ fn state(dir: &Path, inputs: &str) -> State {
     if !dir.exists() {
         return State::Absent;
     }
-    let manifest = match read_manifest(dir) {
-        Ok(manifest) => manifest,
-        Err(_) => return State::Damaged(vec![format!("{MANIFEST}: missing or unreadable")]),
+    let Ok(text) = fs::read(dir.join(MANIFEST)) else {
+        return State::Damaged(vec![format!("{MANIFEST}: missing")]);
+    };
+    // One of another form is of an older way to fetch.
+    let Ok(manifest) = serde_json::from_slice::<Manifest>(&text) else {
+        return State::Absent;
     };
     if manifest.inputs != inputs {
         return State::Absent;
@@ -206,11 +209,6 @@ fn state(dir: &Path, inputs: &str) -> State {
     } else {
         State::Damaged(damaged)
     }
-}
-
-fn read_manifest(dir: &Path) -> Result<Manifest> {
-    let text = fs::read(dir.join(MANIFEST))?;
-    Ok(serde_json::from_slice(&text)?)
 }
 
 /// Every file and link under a folder with its size.

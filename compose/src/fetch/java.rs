@@ -5,6 +5,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::LazyLock;
 
 use anyhow::{Context, Result, bail};
 
@@ -17,11 +18,12 @@ const OLDEST: u32 = 17;
 
 pub(crate) const ADVICE: Advice = Advice {
     program: "Java",
-    debian: "openjdk-17-jre-headless",
+    debian: "default-jre-headless",
     fedora: "java-21-openjdk-headless",
     brew: "openjdk@21",
 };
 
+#[derive(Clone)]
 pub(crate) struct Java {
     pub(crate) program: PathBuf,
     /// What JAVA_HOME must be for this one. Not always the program's grandparent: it may be a shim.
@@ -40,7 +42,7 @@ pub(crate) fn find_or_fetch(home: &Home) -> Result<Java> {
         return match ask(&program) {
             Some((_, java)) => Ok(java),
             None => bail!(
-                "{} does not run: install a Java of the system (apt install openjdk-17-jre-headless)",
+                "{} does not run: install a Java of the system (apt install default-jre-headless)",
                 program.display()
             ),
         };
@@ -55,8 +57,15 @@ pub(crate) fn find_or_fetch(home: &Home) -> Result<Java> {
     }
 }
 
+/// What [`find`] has found: asking takes a part of a second each time.
+static FOUND: LazyLock<Result<Java, Option<(u32, PathBuf)>>> = LazyLock::new(search);
+
 /// The machine's own Java; in the error case the one that is too old, if there is one.
 pub(crate) fn find() -> Result<Java, Option<(u32, PathBuf)>> {
+    FOUND.clone()
+}
+
+fn search() -> Result<Java, Option<(u32, PathBuf)>> {
     let from_home = env::var_os("JAVA_HOME")
         .filter(|home| !home.is_empty())
         .map(|home| Path::new(&home).join("bin/java"))

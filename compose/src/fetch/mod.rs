@@ -17,7 +17,7 @@ mod tests;
 use std::fmt;
 use std::path::PathBuf;
 
-pub(crate) use tool::{is_interrupt, is_program, which};
+pub(crate) use tool::{is_interrupt, is_program, says, which};
 
 /// One of the programs that a service takes.
 #[derive(Debug)]
@@ -55,6 +55,11 @@ pub(crate) struct Advice {
 impl Part {
     pub(crate) fn new(name: &'static str, source: Source) -> Part {
         Part { name, source }
+    }
+
+    /// The machine has it.
+    pub(crate) fn is_of_machine(&self) -> bool {
+        matches!(self.source, Source::Machine(_))
     }
 
     /// It need not be fetched.

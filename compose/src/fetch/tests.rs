@@ -199,10 +199,7 @@ fn of_two_at_once_one_fetches_and_the_other_waits() {
 fn a_machine_without_anything_is_told_what_to_install() {
     let folder = TempDir::new().unwrap();
     let empty = TempDir::new().unwrap();
-    for (what, program) in [
-        ("kafka", "openjdk-17-jre-headless"),
-        ("nats", "nats-server"),
-    ] {
+    for (what, program) in [("kafka", "default-jre-headless"), ("nats", "nats-server")] {
         let output = worker(folder.path(), what)
             .env("PATH", empty.path())
             .env_remove("JAVA_HOME")

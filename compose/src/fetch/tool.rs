@@ -94,6 +94,12 @@ pub(crate) fn is_interrupt(error: &anyhow::Error) -> bool {
         .is_some_and(Failure::is_interrupt)
 }
 
+/// Whether a tool failed and one of its last words has this in it.
+pub(crate) fn says(error: &anyhow::Error, words: &str) -> bool {
+    let failure = error.downcast_ref::<Failure>();
+    failure.is_some_and(|failure| failure.words.iter().any(|line| line.contains(words)))
+}
+
 /// Runs a tool to its end and returns what it said. `name` is how messages call it. It ends with this process.
 pub(super) fn run(
     name: &'static str,

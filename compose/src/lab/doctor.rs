@@ -5,8 +5,7 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Result;
 
-use super::origin::missing;
-use crate::fetch::Advice;
+use crate::fetch::{Advice, Part};
 use crate::home::Home;
 use crate::terminal::page;
 use crate::{Service, docker};
@@ -41,10 +40,7 @@ pub(super) fn doctor() -> Result<ExitCode> {
     for service in Service::ALL {
         let spec = service.spec();
         let parts = spec.program().parts(&home);
-        let missing: Vec<_> = missing(&home, service)
-            .iter()
-            .map(Advice::to_string)
-            .collect();
+        let missing: Vec<_> = parts.iter().filter_map(Part::missing).collect();
         let verdict = if missing.is_empty() && parts.iter().all(|part| part.is_here()) {
             "ready"
         } else if missing.is_empty() {
@@ -58,14 +54,14 @@ pub(super) fn doctor() -> Result<ExitCode> {
             "CANNOT RUN HERE"
         };
         writeln!(text, "{service:10}  {verdict}")?;
+        // A program of the machine's own may be of another version.
+        let version = match parts.last() {
+            Some(part) if part.is_of_machine() => String::new(),
+            _ => format!("{}: ", service.version()),
+        };
         let parts: Vec<_> = parts.iter().map(ToString::to_string).collect();
-        let version = service.version();
-        writeln!(
-            text,
-            "            {service} {version}: {}",
-            parts.join(", ")
-        )?;
-        for line in missing {
+        writeln!(text, "            {version}{}", parts.join(", "))?;
+        for line in missing.iter().map(Advice::to_string) {
             if !advice.contains(&line) {
                 advice.push(line);
             }

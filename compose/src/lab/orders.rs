@@ -130,9 +130,11 @@ pub(super) fn down(services: &[Service]) -> Result<()> {
                 stopped += 1;
             }
             None if running::is_owned(&home, service)? => {
-                bail!(
-                    "{service} is being started by another `lab`; wait for it or end that process"
-                )
+                let state = "is being started or stopped by another `lab`";
+                if !services.is_empty() {
+                    bail!("{service} {state}; wait for it or end that process");
+                }
+                say!("{service} {state}");
             }
             None if !services.is_empty() => bail!("no {service} runs here that `lab` started"),
             None => {}

@@ -8,7 +8,6 @@ use anyhow::{Result, bail};
 use super::build;
 use super::running::{self, Entry, Lease};
 use crate::broker::{Backend, Broker};
-use crate::fetch::Advice;
 use crate::home::Home;
 use crate::ports::Ports;
 use crate::probe::Found;
@@ -43,7 +42,7 @@ impl Origin {
         }
         loop {
             if running::find(home, service)?.is_none() && running::is_owned(home, service)? {
-                say!("waiting until another `cargo lab` has started {service}…");
+                say!("waiting for another `cargo lab`, which starts or stops {service}…");
             }
             if let Some(entry) = running::await_entry(home, service, OTHERS_START)? {
                 if let Some(wanted) = forced
@@ -66,6 +65,31 @@ impl Origin {
             if let Some(lease) = Lease::of_service(home, service)? {
                 return Ok(Origin::Start(choose_backend(home, service, forced)?, lease));
             }
+        }
+    }
+
+    /// Whether this is still so. Others stop their brokers when they like.
+    pub(super) fn holds(&self, home: &Home, service: Service) -> Result<bool> {
+        Ok(match self {
+            Origin::Variable(_) | Origin::Start(..) => true,
+            Origin::Lab(entry) => {
+                running::find(home, service)?.is_some_and(|now| now.owner == entry.owner)
+            }
+            Origin::Port(_) => find_running(service)?.is_some(),
+        })
+    }
+
+    /// What a user has to know beforehand of a broker that runs already.
+    pub(super) fn notice(&self, service: Service) -> Option<String> {
+        match self {
+            Origin::Lab(entry) if entry.command.starts_with("run ") => Some(format!(
+                "{service}: this is the one of `cargo lab {}`, and it stops with that",
+                entry.command
+            )),
+            Origin::Port(address) => Some(format!(
+                "{service}: using the one that listens at {address}"
+            )),
+            Origin::Lab(_) | Origin::Variable(_) | Origin::Start(..) => None,
         }
     }
 
@@ -115,11 +139,14 @@ fn choose_backend(home: &Home, service: Service, forced: Option<Backend>) -> Res
         Some(backend) => return Ok(backend),
         None => {}
     }
-    let missing = missing(home, service);
+    let parts = service.spec().program().parts(home);
+    let missing: Vec<String> = parts
+        .iter()
+        .filter_map(|part| Some(part.missing()?.to_string()))
+        .collect();
     if missing.is_empty() {
         return Ok(Backend::Native);
     }
-    let missing: Vec<String> = missing.iter().map(Advice::to_string).collect();
     let missing = missing.join("; ");
     if docker::answers() {
         say!("{service}: {missing}; using Docker");
@@ -132,12 +159,6 @@ fn choose_backend(home: &Home, service: Service, forced: Option<Backend>) -> Res
     bail!(
         "{service} cannot run here: {missing}; and no Docker engine answers. See `cargo lab doctor`"
     )
-}
-
-/// What to install before the service can run natively.
-pub(super) fn missing(home: &Home, service: Service) -> Vec<Advice> {
-    let parts = service.spec().program().parts(home);
-    parts.iter().filter_map(|part| part.missing()).collect()
 }
 
 /// The address of a broker on the usual port that no `lab` started.
@@ -158,7 +179,7 @@ pub(super) fn obtain(home: &Home, service: Service, backend: Backend) -> Result<
     }
 }
 
-/// Starts the service on the default ports.
+/// Starts the service on the usual ports.
 pub(super) fn start(
     home: &Home,
     service: Service,

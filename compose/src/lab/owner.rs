@@ -198,6 +198,9 @@ impl Owner {
             let names: Vec<_> = held.keys().map(|service| service.name()).collect();
             say!("stopping {}…", names.join(", "));
         }
+        for held in held.values() {
+            held.lease.withdraw();
+        }
         // The leases are given up only after the brokers have gone: their ports must be free by then.
         let mut leases = Vec::new();
         for (_, held) in held {
@@ -229,6 +232,7 @@ impl Owner {
             Verb::Restart => held.broker.restart(node)?,
             Verb::Down => {
                 if let Some(Held { broker, lease, .. }) = all.remove(&service) {
+                    lease.withdraw();
                     broker.stop()?;
                     drop(lease);
                 }

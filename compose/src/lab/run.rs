@@ -42,6 +42,7 @@ pub(super) fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode
     }
     // In the same order everywhere: while it waits for the second, this process keeps others from starting the first.
     services.sort();
+    services.dedup();
     let mut origins = Vec::new();
     for service in services {
         origins.push((service, Origin::choose(&home, service)?));
@@ -66,30 +67,27 @@ pub(super) fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode
         .join()
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
 
-    let owner = Owner::new(home, format!("run {name}"))?;
+    let owner = Owner::new(home.clone(), format!("run {name}"))?;
     let mut environment = Vec::new();
     let mut mocked = false;
-    for (service, origin) in origins {
+    for (service, mut origin) in origins {
+        // That was minutes ago, if much had to be built.
+        if !origin.holds(&home, service)? {
+            origin = Origin::choose(&home, service)?;
+        }
+        if let Some(notice) = origin.notice(service) {
+            say!("{notice}");
+        }
         match origin {
             Origin::Variable(_) => {}
             Origin::Lab(entry) => {
-                if entry.command.starts_with("run ") {
-                    say!(
-                        "{service}: using the one of `cargo lab {}`, and it stops with that; \
-                         `cargo lab up {service}` starts one that stays",
-                        entry.command
-                    );
-                }
                 if let Some(mock) = service.spec().mock().filter(|_| entry.backend == "mock") {
                     say!("{}", mock.warning);
                     mocked = true;
                 }
                 environment.extend(entry.env);
             }
-            Origin::Port(address) => {
-                say!("{service}: using the one that listens at {address}");
-                environment.push((service.variable().to_owned(), address));
-            }
+            Origin::Port(address) => environment.push((service.variable().to_owned(), address)),
             Origin::Start(backend, lease) => {
                 owner.start(service, backend, lease, example.nodes, false)?;
             }

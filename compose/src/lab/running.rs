@@ -24,6 +24,7 @@ pub(super) struct Entry {
     /// The owner's process id.
     pub(super) owner: u32,
     /// The command that the owner is, such as `up --detach`, or `run` with the name of an example.
+    #[serde(default)]
     pub(super) command: String,
     /// `native`, `docker` or `mock`.
     pub(super) backend: String,
@@ -185,6 +186,11 @@ impl Lease {
             .with_context(|| format!("cannot write {}", self.entry.display()))
     }
 
+    /// From now on nobody takes it for something that runs. Others wait until the lease is given up.
+    pub(super) fn withdraw(&self) {
+        let _ = fs::remove_file(&self.entry);
+    }
+
     /// The file that says to all what runs.
     pub(super) fn file(&self) -> &Path {
         &self.entry
@@ -193,7 +199,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.entry);
+        self.withdraw();
     }
 }
 

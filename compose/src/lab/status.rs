@@ -43,7 +43,7 @@ pub(super) fn status() -> Result<()> {
         } else if let Some(address) = find_running(service)? {
             writeln!(text, "{service:10}  {address} (not started by `lab`)")?;
         } else if running::is_owned(&home, service)? {
-            writeln!(text, "{service:10}  starting")?;
+            writeln!(text, "{service:10}  starting or stopping")?;
         } else {
             writeln!(text, "{service:10}  -")?;
         }

@@ -72,6 +72,9 @@ fn say_runs_already(service: Service, found: &Origin, nodes: u16, fresh: bool) -
     }
     let address = found.address().unwrap_or_default();
     out!("{service:10}  {address} (runs already)");
+    if let Some(notice) = found.notice(service) {
+        say!("{notice}");
+    }
     Ok(())
 }
 
@@ -125,7 +128,7 @@ pub(super) fn detach(services: &[Service], nodes: u16, fresh: bool) -> Result<Ex
             let entry = match ended {
                 // It had nothing to start: another `lab` was faster by a moment.
                 Some(_) => running::await_entry(&home, service, Duration::from_secs(600))?,
-                None => running::find(&home, service)?.filter(|entry| entry.owner == holder.id()),
+                None => running::find(&home, service)?,
             };
             match entry {
                 Some(entry) => out!("{service:10}  {}", entry.describe()),

@@ -150,13 +150,12 @@ impl ClassArchive {
     /// Puts what was written into its place, all at once: others may be starting with it. Without it they start slowly,
     /// so a failure is none.
     pub(crate) fn keep(&self) {
-        let new = self
-            .kept
-            .with_extension(format!("{}.part", std::process::id()));
-        if fs::copy(&self.written, &new).is_ok() {
-            let _ = fs::rename(&new, &self.kept);
+        if let Some(folder) = self.kept.parent()
+            && let Ok(new) = tempfile::NamedTempFile::new_in(folder)
+            && fs::copy(&self.written, new.path()).is_ok()
+        {
+            let _ = new.persist(&self.kept);
         }
         let _ = fs::remove_file(&self.written);
-        let _ = fs::remove_file(&new);
     }
 }

@@ -83,7 +83,7 @@ impl Spec for Kafka {
             }
             run.arg("kafka.Kafka").arg(&properties);
             nodes.push(Node {
-                prepare: (!data.join("meta.properties").exists()).then_some(format),
+                first: (!data.join("meta.properties").exists()).then_some(format),
                 ..node.node(run)
             });
         }

@@ -122,7 +122,7 @@ pub(crate) struct Facts {
     pub(crate) other_ports: usize,
     /// Among which its clients' port has to be, where it is chosen freely.
     pub(crate) free_ports: Range<u16>,
-    /// By which it is known.
+    /// How it is told from other programs.
     pub(crate) greeting: Greeting,
 }
 
@@ -166,6 +166,9 @@ impl Service {
     }
 
     /// The value of [`Service::variable`] for nodes that listen on these `host:port`s.
+    ///
+    /// # Panics
+    /// There is none of them.
     pub fn address(self, hosts: &[String]) -> String {
         self.spec().address(hosts)
     }

@@ -150,10 +150,13 @@ fn program(home: &Home) -> Result<PathBuf> {
     let packaged = || Ok(packaged_in(&PACKAGE.install(home)?));
     match fetch::which("go") {
         Some(go) => MODULE.install(home, &go).or_else(|error| {
-            if !apt::available() || fetch::is_interrupt(&error) {
+            // A Go that is too old cannot build it.
+            let is_old = ["requires go", "toolchain"]
+                .iter()
+                .any(|word| fetch::says(&error, word));
+            if !is_old || !apt::available() {
                 return Err(error);
             }
-            // A Go that is too old cannot build it. Where the network is the trouble, apt will say so.
             say!("{error:#}\ntaking Debian's {PROGRAM} instead");
             packaged()
         }),

@@ -17,7 +17,7 @@ pub(crate) struct Node {
     /// From 1.
     pub(crate) number: u16,
     /// To be run once before the first start, such as the formatting of the storage.
-    pub(crate) prepare: Option<Command>,
+    pub(crate) first: Option<Command>,
     /// The broker itself.
     pub(crate) run: Command,
     /// `host:port` for clients.
@@ -81,7 +81,7 @@ impl NodePorts {
     pub(crate) fn node(&self, run: Command) -> Node {
         Node {
             number: self.number,
-            prepare: None,
+            first: None,
             run,
             host: format!("127.0.0.1:{}", self.client),
             web: (self.web != 0).then(|| format!("http://127.0.0.1:{}", self.web)),
@@ -128,9 +128,14 @@ pub(crate) fn prepare(
 /// Fails readably if so many nodes cannot run.
 pub(crate) fn check_count(service: Service, count: u16) -> Result<()> {
     let most = service.spec().facts().most_nodes;
+    let nodes = if most == 1 {
+        "1 node".to_owned()
+    } else {
+        format!("1 to {most} nodes")
+    };
     ensure!(
-        count <= most,
-        "{service} runs on {most} node here, not on {count}; several nodes: {}",
+        (1..=most).contains(&count),
+        "{service} runs on {nodes} here, not on {count}; several nodes: {}",
         names(|spec| spec.facts().most_nodes > 1)
     );
     Ok(())
@@ -157,8 +162,8 @@ fn choose_ports(
         Ports::Free => keep(ports::claim_in(facts.free_ports)?),
     };
     // Nobody connects to the console by default, so a taken port is no reason to fail.
-    let web = match facts.web.map(|web| web.port + index) {
-        Some(port) if ports != Ports::Free && ports::is_free(port) => port,
+    let web = match facts.web.map(|web| web.port) {
+        Some(port) if index == 0 && ports != Ports::Free && ports::is_free(port) => port,
         Some(_) => keep(ports::claim()?),
         None => 0,
     };

@@ -8,9 +8,10 @@ use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::LazyLock;
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::super::setup::put_first;
 use crate::fetch::apt::{self, Packages};
@@ -28,8 +29,8 @@ const SUITE: apt::Suite = apt::Suite {
     number: 13,
 };
 
-/// The homes for which this process has tried that in vain. It is not tried again, and not said twice.
-static IN_VAIN: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+/// For so long after it was tried in vain it is not tried again, where there is an older one.
+const PAUSE: Duration = Duration::from_secs(60 * 60);
 
 const ADVICE: Advice = Advice {
     program: "RabbitMQ",
@@ -43,6 +44,7 @@ const DEBIAN_SCRIPTS: &str = "usr/lib/rabbitmq/bin";
 const DEBIAN_ERLANG: &str = "usr/lib/erlang";
 
 /// RabbitMQ as it is on this machine, and what its scripts need to find their Erlang.
+#[derive(Clone)]
 pub(super) struct Installation {
     pub(super) version: String,
     /// The folder with `rabbitmq-server`, `rabbitmqctl`, `rabbitmq-plugins`.
@@ -57,50 +59,60 @@ impl Installation {
     /// Where it will come from. Nothing is fetched for the answer.
     pub(super) fn source(home: &Home) -> Source {
         match Installation::of_machine() {
-            Some(own) if own.is_supported() || !apt::available() => Source::Machine(own.scripts),
+            Some(own) if !own.has_better() => Source::Machine(own.scripts),
             _ => best_packages().source(home, ADVICE),
         }
     }
 
     pub(super) fn find_or_fetch(home: &Home) -> Result<Installation> {
         match Installation::of_machine() {
-            Some(own) if own.is_supported() => Ok(own),
+            Some(own) if !own.has_better() => Ok(own),
             own if apt::available() => Installation::fetch(home, best_packages(), own),
-            own => own.with_context(|| ADVICE.to_string()),
+            _ => bail!("{ADVICE}"),
         }
     }
 
     /// These packages, else the machine's own, else those of this release of the system.
     fn fetch(home: &Home, best: Packages, own: Option<Installation>) -> Result<Installation> {
-        ensure!(
-            !home.programs().to_string_lossy().contains(' '),
-            "RabbitMQ's scripts fail in a folder with a space in its path, which {} has: set LAB_HOME to another one",
-            home.root().display()
-        );
-        let old = || match own {
-            Some(own) => Ok(own),
-            None => Installation::unpacked(&packages_of_this_release().install(home)?, false),
+        let unpack = |packages: &Packages| {
+            ensure!(
+                !home.programs().to_string_lossy().contains([' ', '\'', '"']),
+                "RabbitMQ's scripts fail in a folder with a space or a quote in its path, which {} has: set LAB_HOME to another one",
+                home.root().display()
+            );
+            Installation::unpacked(&packages.install(home)?, packages.suite.is_some())
         };
-        let mut in_vain = IN_VAIN.lock().unwrap_or_else(PoisonError::into_inner);
-        if in_vain.contains(&home.programs()) {
+        let old = || own.map_or_else(|| unpack(&packages_of_this_release()), Ok);
+        let tried = home.programs().join(".rabbitmq-in-vain");
+        let age = tried.metadata().and_then(|meta| meta.modified());
+        if age.is_ok_and(|time| time.elapsed().is_ok_and(|age| age < PAUSE)) {
             return old();
         }
-        let has_own_loader = best.suite.is_some();
-        match best.install(home) {
-            Ok(root) => Installation::unpacked(&root, has_own_loader),
-            Err(error) if !has_own_loader || fetch::is_interrupt(&error) => Err(error),
-            Err(error) => {
-                let old = old()?;
-                let version = &old.version;
-                say!("{error:#}\ntaking RabbitMQ {version} instead, which this system has");
-                in_vain.push(home.programs());
+        match unpack(&best) {
+            Err(error) if best.suite.is_some() && !fetch::is_interrupt(&error) => {
+                let old = old().with_context(|| format!("{error:#}"))?;
+                say!("{error:#}\ntaking RabbitMQ {} instead", old.version);
+                let _ = fs::write(&tried, "");
                 Ok(old)
             }
+            result => result,
         }
     }
 
-    /// The machine's own.
+    /// Whether another one can be had, and is to be taken.
+    fn has_better(&self) -> bool {
+        let major = self.version.split('.').next().unwrap_or_default();
+        let is_supported = major.parse().is_ok_and(|major: u32| major >= OLDEST_MAJOR);
+        !is_supported && SUITE.is_newer_than_this() && apt::available()
+    }
+
+    /// The machine's own. Erlang takes a second to tell its version, so it is asked once.
     fn of_machine() -> Option<Installation> {
+        static OWN: LazyLock<Option<Installation>> = LazyLock::new(Installation::find);
+        OWN.clone()
+    }
+
+    fn find() -> Option<Installation> {
         let on_path = fetch::which("rabbitmq-server");
         let unwrapped = Path::new("/").join(DEBIAN_SCRIPTS);
         let scripts = match &on_path {
@@ -118,7 +130,8 @@ impl Installation {
             erlang: None,
             libraries: Vec::new(),
         };
-        own.version = own.ask_version()?;
+        // It is used all the same.
+        own.version = own.ask_version().unwrap_or_else(|| "unknown".to_owned());
         Some(own)
     }
 
@@ -155,11 +168,6 @@ impl Installation {
         let said = String::from_utf8(output.stdout).ok()?;
         let is_version = |line: &&str| line.starts_with(|c: char| c.is_ascii_digit());
         Some(said.lines().map(str::trim).find(is_version)?.to_owned())
-    }
-
-    fn is_supported(&self) -> bool {
-        let major = self.version.split('.').next().unwrap_or_default();
-        major.parse().is_ok_and(|major: u32| major >= OLDEST_MAJOR)
     }
 
     /// A program of RabbitMQ or of its Erlang.
