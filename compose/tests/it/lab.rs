@@ -947,12 +947,19 @@ fn a_rabbitmq_of_the_machine_is_used_if_it_is_supported() {
     });
     let lab = Lab::new();
     for (version, is_used) in [("4.1.2", true), ("3.13.7", !is_old_debian)] {
+        let server = tempfile::tempdir().unwrap();
+        let scripts = server.path().join("sbin");
+        let plugin = server.path().join(format!("plugins/rabbit-{version}"));
+        fs::create_dir_all(plugin).unwrap();
         let own = Stub::new("rabbitmq-server", FOREVER);
-        let ctl = Stub::new("rabbitmqctl", &format!("echo {version}"));
-        fs::copy(ctl.program(), own.folder.path().join("rabbitmqctl")).unwrap();
+        fs::create_dir(&scripts).unwrap();
+        fs::copy(own.program(), scripts.join("rabbitmq-server")).unwrap();
+        let mut folders = vec![scripts.clone()];
+        folders.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap()));
         let mut command = lab.command(&["doctor"]);
-        let output = command.env("PATH", own.path()).output().unwrap();
-        let line = format!("rabbitmq-server {}", own.folder.path().display());
+        command.env("PATH", std::env::join_paths(folders).unwrap());
+        let output = command.output().unwrap();
+        let line = format!("rabbitmq-server {}", scripts.display());
         assert_eq!(text(&output).contains(&line), is_used, "{}", text(&output));
     }
 }

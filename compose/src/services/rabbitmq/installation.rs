@@ -7,8 +7,7 @@ use std::fs;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::LazyLock;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -44,7 +43,6 @@ const DEBIAN_SCRIPTS: &str = "usr/lib/rabbitmq/bin";
 const DEBIAN_ERLANG: &str = "usr/lib/erlang";
 
 /// RabbitMQ as it is on this machine, and what its scripts need to find their Erlang.
-#[derive(Clone)]
 pub(super) struct Installation {
     pub(super) version: String,
     /// The folder with `rabbitmq-server`, `rabbitmqctl`, `rabbitmq-plugins`.
@@ -106,13 +104,8 @@ impl Installation {
         !is_supported && SUITE.is_newer_than_this() && apt::available()
     }
 
-    /// The machine's own. Erlang takes a second to tell its version, so it is asked once.
+    /// The machine's own.
     fn of_machine() -> Option<Installation> {
-        static OWN: LazyLock<Option<Installation>> = LazyLock::new(Installation::find);
-        OWN.clone()
-    }
-
-    fn find() -> Option<Installation> {
         let on_path = fetch::which("rabbitmq-server");
         let unwrapped = Path::new("/").join(DEBIAN_SCRIPTS);
         let scripts = match &on_path {
@@ -124,50 +117,28 @@ impl Installation {
             Some(program) => program.parent()?.to_owned(),
             None => return None,
         };
-        let mut own = Installation {
-            version: String::new(),
+        Some(Installation {
+            // One that does not tell it is used all the same.
+            version: version_of(&scripts).unwrap_or_else(|| "unknown".to_owned()),
             scripts,
             erlang: None,
             libraries: Vec::new(),
-        };
-        // It is used all the same.
-        own.version = own.ask_version().unwrap_or_else(|| "unknown".to_owned());
-        Some(own)
+        })
     }
 
     /// In the root of unpacked packages.
     fn unpacked(root: &Path, has_own_loader: bool) -> Result<Installation> {
-        let libraries = if has_own_loader {
-            Vec::new()
-        } else {
-            apt::library_folders(root)?
-        };
-        let mut installation = Installation {
-            version: String::new(),
-            scripts: root.join(DEBIAN_SCRIPTS),
+        let scripts = root.join(DEBIAN_SCRIPTS);
+        Ok(Installation {
+            version: version_of(&scripts)
+                .with_context(|| format!("no RabbitMQ is in {}", root.display()))?,
+            scripts,
             erlang: Some(root.join(DEBIAN_ERLANG).join("bin")),
-            libraries,
-        };
-        // The folder has the version in its name.
-        let names = fs::read_dir(root.join("usr/lib/rabbitmq/lib"))
-            .into_iter()
-            .flatten()
-            .flatten();
-        let names = names.filter_map(|entry| entry.file_name().into_string().ok());
-        let mut versions =
-            names.filter_map(|name| Some(name.strip_prefix("rabbitmq_server-")?.to_owned()));
-        installation.version = versions
-            .next()
-            .with_context(|| format!("no RabbitMQ is in {}", root.display()))?;
-        Ok(installation)
-    }
-
-    fn ask_version(&self) -> Option<String> {
-        let mut command = self.command("rabbitmqctl");
-        let output = command.arg("version").stdin(Stdio::null()).output().ok()?;
-        let said = String::from_utf8(output.stdout).ok()?;
-        let is_version = |line: &&str| line.starts_with(|c: char| c.is_ascii_digit());
-        Some(said.lines().map(str::trim).find(is_version)?.to_owned())
+            libraries: match has_own_loader {
+                true => Vec::new(),
+                false => apt::library_folders(root)?,
+            },
+        })
     }
 
     /// A program of RabbitMQ or of its Erlang.
@@ -182,6 +153,24 @@ impl Installation {
         put_first(&mut command, "LD_LIBRARY_PATH", &self.libraries);
         command
     }
+}
+
+/// From the name of a folder: `../lib/rabbitmq_server-4.0.5` in Linux packages, `../plugins/rabbit-4.0.5` elsewhere.
+/// `rabbitmqctl version` would leave a daemon behind, Erlang's name server, and a cookie in the user's home.
+fn version_of(scripts: &Path) -> Option<String> {
+    let script = fs::canonicalize(scripts.join("rabbitmq-server")).ok()?;
+    let server = script.parent()?.parent()?;
+    let places = [("lib", "rabbitmq_server-"), ("plugins", "rabbit-")];
+    places.iter().find_map(|(folder, start)| {
+        let entries = fs::read_dir(server.join(folder)).ok()?.flatten();
+        let mut names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        names.find_map(|name| {
+            let version = name.strip_prefix(start)?.trim_end_matches(".ez");
+            version
+                .starts_with(|c: char| c.is_ascii_digit())
+                .then(|| version.to_owned())
+        })
+    })
 }
 
 /// Those with a supported RabbitMQ.
@@ -328,6 +317,9 @@ mod tests {
         let home = Home::at(folder.path());
         let installation = Installation::fetch(&home, packages, None).unwrap();
         assert!(installation.scripts.starts_with(home.programs()));
-        assert_eq!(installation.ask_version(), Some(installation.version));
+        assert!(!installation.version.is_empty());
+        let mut erlang = installation.command("erl");
+        let ended = erlang.args(["-noshell", "-eval", "halt(7)."]).status();
+        assert_eq!(ended.unwrap().code(), Some(7));
     }
 }
