@@ -42,18 +42,18 @@ pub(crate) fn find_or_fetch(home: &Home) -> Result<Java> {
         return match ask(&program) {
             Some((_, java)) => Ok(java),
             None => bail!(
-                "{} does not run: install a Java of the system (apt install default-jre-headless)",
-                program.display()
+                "{} does not run: install a Java of the system (apt install {})",
+                program.display(),
+                ADVICE.debian
             ),
         };
     }
     match too_old {
         Some((version, program)) => bail!(
-            "{} is Java {version}, and {OLDEST} or newer is needed. {}",
-            program.display(),
-            ADVICE
+            "{} is Java {version}, and {OLDEST} or newer is needed. {ADVICE}",
+            program.display()
         ),
-        None => bail!("{}", ADVICE),
+        None => bail!("{ADVICE}"),
     }
 }
 

@@ -17,7 +17,7 @@ use crate::workspace::Workspace;
 use crate::{Service, docker};
 
 /// How long another `lab` may take to fetch and start what this one needs too.
-const OTHERS_START: Duration = Duration::from_secs(600);
+pub(super) const OTHERS_START: Duration = Duration::from_secs(600);
 
 /// Where the broker of a service comes from.
 pub(super) enum Origin {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::origin::{Origin, obtain};
+use super::origin::{OTHERS_START, Origin, obtain};
 use super::owner::Owner;
 use super::{interrupt, running};
 use crate::Service;
@@ -127,7 +127,7 @@ pub(super) fn detach(services: &[Service], nodes: u16, fresh: bool) -> Result<Ex
         for service in std::mem::take(&mut wanted) {
             let entry = match ended {
                 // It had nothing to start: another `lab` was faster by a moment.
-                Some(_) => running::await_entry(&home, service, Duration::from_secs(600))?,
+                Some(_) => running::await_entry(&home, service, OTHERS_START)?,
                 None => running::find(&home, service)?,
             };
             match entry {

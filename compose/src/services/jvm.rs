@@ -7,8 +7,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::Program;
 use super::setup::write;
+use super::{Node, NodePorts, Program, Setup};
 use crate::fetch::maven::{self, Jars};
 use crate::fetch::{self, Part, Source, java};
 use crate::home::Home;
@@ -17,6 +17,8 @@ use crate::home::Home;
 pub(super) struct Jvm {
     java: PathBuf,
     jars: PathBuf,
+    version: String,
+    archive: Option<ClassArchive>,
 }
 
 impl Jvm {
@@ -24,7 +26,17 @@ impl Jvm {
         Ok(Jvm {
             java: java::find_or_fetch(home)?.program,
             jars: jars.install(home)?,
+            version: jars.version(),
+            archive: None,
         })
+    }
+
+    /// Has the first node write a [`ClassArchive`], first into this folder, if there is none yet.
+    pub(super) fn archiving(mut self, folder: &Path) -> Jvm {
+        let kept = self.archive_path();
+        let written = folder.join("classes.jsa");
+        self.archive = (!kept.exists()).then_some(ClassArchive { written, kept });
+        self
     }
 
     /// A command that goes on with the name of a class. The class path is a list of what is in the folder of the jars.
@@ -80,11 +92,19 @@ impl Jvm {
         Ok(command)
     }
 
-    /// What a broker with this folder is to write, if there is none yet.
-    pub(super) fn missing_archive(&self, folder: &Path) -> Option<ClassArchive> {
-        let kept = self.archive_path();
-        let written = folder.join("classes.jsa");
-        (!kept.exists()).then_some(ClassArchive { written, kept })
+    /// To go before the name of the class that is the broker.
+    pub(super) fn archive_option(&self, node: &NodePorts) -> Option<String> {
+        let archive = self.archive.as_ref().filter(|_| node.number == 1)?;
+        let written = archive.written.display();
+        Some(format!("-XX:ArchiveClassesAtExit={written}"))
+    }
+
+    /// These nodes, which run on it.
+    pub(super) fn set_up(self, nodes: Vec<Node>) -> Setup {
+        Setup {
+            archive: self.archive,
+            ..Setup::of(nodes, Some(self.version))
+        }
     }
 
     /// Beside the folder of the jars, one for each Java.
@@ -142,11 +162,6 @@ pub(crate) struct ClassArchive {
 }
 
 impl ClassArchive {
-    /// Has the JVM write it.
-    pub(super) fn option(&self) -> String {
-        format!("-XX:ArchiveClassesAtExit={}", self.written.display())
-    }
-
     /// Puts what was written into its place, all at once: others may be starting with it. Without it they start slowly,
     /// so a failure is none.
     pub(crate) fn keep(&self) {

@@ -45,7 +45,7 @@ impl Spec for Kafka {
     }
 
     fn set_up(&self, site: &Site) -> Result<Setup> {
-        let jvm = Jvm::fetch(site.home, &JARS)?;
+        let jvm = Jvm::fetch(site.home, &JARS)?.archiving(site.folder);
         let voters: Vec<_> = site
             .nodes
             .iter()
@@ -53,7 +53,6 @@ impl Spec for Kafka {
             .collect();
         let replicas = site.nodes.len().min(3);
         let cluster = cluster_id(site.folder)?;
-        let archive = jvm.missing_archive(site.folder);
         let mut nodes = Vec::new();
         for node in site.nodes {
             let folder = site.folder_of(node)?;
@@ -78,19 +77,14 @@ impl Spec for Kafka {
                 .args(["-t", &cluster, "-c"])
                 .arg(&properties);
             let mut run = jvm.command(&folder, &["*"], &["-Xmx512m"])?;
-            if let Some(archive) = archive.as_ref().filter(|_| node.number == 1) {
-                run.arg(archive.option());
-            }
+            run.args(jvm.archive_option(node));
             run.arg("kafka.Kafka").arg(&properties);
             nodes.push(Node {
                 first: (!data.join("meta.properties").exists()).then_some(format),
                 ..node.node(run)
             });
         }
-        Ok(Setup {
-            archive,
-            ..Setup::of(nodes, Some(JARS.version()))
-        })
+        Ok(jvm.set_up(nodes))
     }
 
     fn mock(&self) -> Option<Mock> {

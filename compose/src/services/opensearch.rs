@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::jvm::Jvm;
-use super::{ClassArchive, Facts, Program, Setup, Site, Spec};
+use super::{Facts, Program, Setup, Site, Spec};
 use crate::fetch::maven::Jars;
 use crate::probe::Greeting;
 
@@ -39,22 +39,18 @@ impl Spec for OpenSearch {
     }
 
     fn set_up(&self, site: &Site) -> Result<Setup> {
-        let jvm = Jvm::fetch(site.home, &JARS)?;
+        let jvm = Jvm::fetch(site.home, &JARS)?.archiving(site.folder);
         let node = &site.nodes[0];
         let folder = site.folder_of(node)?;
-        let archive = jvm.missing_archive(site.folder);
         let mut run = jvm.command(&folder, &["*"], &["-Xms512m", "-Xmx512m"])?;
-        run.args(archive.as_ref().map(ClassArchive::option));
+        run.args(jvm.archive_option(node));
         run.args(["org.codelibs.opensearch.runner.OpenSearchRunner"])
             .args(["-numOfNode", "1", "-printOnFailure", "-basePath"])
             .arg(folder.join("data"));
         run.args(["-baseHttpPort", &(node.client - 1).to_string()]);
         // Nodes of one cluster name would find and join each other.
         run.args(["-clusterName", &format!("lab-{}", node.client)]);
-        Ok(Setup {
-            archive,
-            ..Setup::of(vec![node.node(run)], Some(JARS.version()))
-        })
+        Ok(jvm.set_up(vec![node.node(run)]))
     }
 
     fn health(&self, host: &str, _web: &str) -> Vec<String> {

@@ -5,7 +5,7 @@ use anyhow::Result;
 
 use super::jvm::Jvm;
 use super::setup::{fill, write};
-use super::{ClassArchive, Facts, Node, NodePorts, Program, Setup, Site, Spec, Web};
+use super::{Facts, Node, NodePorts, Program, Setup, Site, Spec, Web};
 use crate::fetch::maven::Jars;
 use crate::ports;
 use crate::probe::Greeting;
@@ -48,17 +48,10 @@ impl Spec for Pulsar {
     }
 
     fn set_up(&self, site: &Site) -> Result<Setup> {
-        let jvm = Jvm::fetch(site.home, &JARS)?;
-        let archive = jvm.missing_archive(site.folder);
-        let nodes = site.nodes.iter().map(|node| {
-            let archive = archive.as_ref().filter(|_| node.number == 1);
-            standalone(&jvm, site, node, archive)
-        });
+        let jvm = Jvm::fetch(site.home, &JARS)?.archiving(site.folder);
+        let nodes = site.nodes.iter().map(|node| standalone(&jvm, site, node));
         let nodes = nodes.collect::<Result<_>>()?;
-        Ok(Setup {
-            archive,
-            ..Setup::of(nodes, Some(JARS.version()))
-        })
+        Ok(jvm.set_up(nodes))
     }
 
     /// The broker is there before the namespace is that all examples use.
@@ -88,12 +81,7 @@ impl Spec for Pulsar {
     }
 }
 
-fn standalone(
-    jvm: &Jvm,
-    site: &Site,
-    node: &NodePorts,
-    archive: Option<&ClassArchive>,
-) -> Result<Node> {
+fn standalone(jvm: &Jvm, site: &Site, node: &NodePorts) -> Result<Node> {
     let folder = site.folder_of(node)?;
     let conf = folder.join("standalone.conf");
     let cluster = match node.number {
@@ -111,7 +99,7 @@ fn standalone(
     )?;
     let memory = ["-Xmx1g", "-XX:MaxDirectMemorySize=512m"];
     let mut run = jvm.command(&folder, &["*"], &memory)?;
-    run.args(archive.map(ClassArchive::option));
+    run.args(jvm.archive_option(node));
     run.args(["org.apache.pulsar.PulsarStandaloneStarter", "--config"])
         .arg(conf);
     run.arg("--metadata-dir").arg(folder.join("metadata"));

@@ -48,6 +48,6 @@ impl Spec for Registry {
         run.arg("-Dquarkus.http.host=127.0.0.1")
             .arg(format!("-Dquarkus.http.port={}", node.client))
             .arg("io.quarkus.runner.GeneratedMain");
-        Ok(Setup::of(vec![node.node(run)], Some(JARS.version())))
+        Ok(jvm.set_up(vec![node.node(run)]))
     }
 }

@@ -179,14 +179,13 @@ impl Monitor {
             }
         }
         let groups = match chosen {
-            Some(group) => vec![group],
+            Some(group) => BTreeSet::from([group]),
             None => {
                 let list = any.fetch_group_list(None, PATIENCE)?;
                 let listed = list.groups().iter().map(|group| group.name().to_owned());
                 // Whoever has just taken over from a broker that died lists none of its groups for a moment.
                 let known = before.keys().map(|(group, ..)| group.clone());
-                let groups: BTreeSet<String> = listed.chain(known).collect();
-                groups.into_iter().collect()
+                listed.chain(known).collect()
             }
         };
         // Each has threads and connections.

@@ -62,20 +62,19 @@ impl Spec for RabbitMq {
 
         let plugins = site.folder.join("enabled_plugins");
         write(&plugins, include_str!("../../../rabbitmq/enabled_plugins"))?;
-        let members: String = match site.nodes {
+        let members: String = site
+            .nodes
+            .iter()
+            .map(|node| {
+                format!(
+                    "cluster_formation.classic_config.nodes.{0} = lab{0}@localhost\n",
+                    node.number
+                )
+            })
+            .collect();
+        let cluster = match site.nodes {
             [_] => String::new(),
-            nodes => {
-                let member = |number| {
-                    format!(
-                        "cluster_formation.classic_config.nodes.{number} = lab{number}@localhost\n"
-                    )
-                };
-                let members = nodes
-                    .iter()
-                    .map(|node| member(node.number))
-                    .collect::<String>();
-                format!("cluster_formation.peer_discovery_backend = classic_config\n{members}")
-            }
+            _ => format!("cluster_formation.peer_discovery_backend = classic_config\n{members}"),
         };
         // What one release has stored, another may not read.
         let data = match program.version.as_str() {
@@ -90,7 +89,7 @@ impl Spec for RabbitMq {
                 ("web_port", node.web.to_string()),
                 ("prometheus_port", node.others[1].to_string()),
                 ("stream_port", node.others[2].to_string()),
-                ("cluster", members.clone()),
+                ("cluster", cluster.clone()),
             ];
             let conf = folder.join("rabbitmq.conf");
             write(
