@@ -9,14 +9,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
 
 use crate::files::tail;
 use crate::home::Home;
 use crate::ports::Ports;
-use crate::probe::{self, Found};
+use crate::probe::Found;
 use crate::process::Supervised;
-use crate::services::{self, Node, Setup};
-use crate::{Service, docker};
+use crate::security::{self, Security};
+use crate::services::{self, Grant, Node, Setup};
+use crate::{Service, User, docker};
 
 #[cfg(test)]
 mod tests;
@@ -28,6 +30,30 @@ const START_LIMIT: Duration = Duration::from_secs(180);
 const STOP_GRACE: Duration = Duration::from_secs(20);
 /// The same for one that writes its class archive at the end, which may take some seconds more.
 const ARCHIVE_GRACE: Duration = Duration::from_secs(120);
+
+/// How long one order of the administrator's may take.
+const GRANT_LIMIT: Duration = Duration::from_secs(60);
+
+/// What a user wants of a service that is started.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wish {
+    pub(crate) nodes: u16,
+    /// With empty storage.
+    pub(crate) fresh: bool,
+    /// With TLS and authentication.
+    pub(crate) secure: bool,
+}
+
+/// A way into a secured broker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct WayIn {
+    /// With which rights.
+    pub(crate) title: String,
+    /// To be read by a shell.
+    pub(crate) file: PathBuf,
+    /// What is in the file, line by line.
+    pub(crate) exports: Vec<String>,
+}
 
 /// What a service runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +85,8 @@ pub struct Broker {
     // After the nodes: fields are dropped in this order.
     _companion: Option<Supervised>,
     setup: Setup,
+    /// As [`Broker::env`].
+    env: Vec<(String, String)>,
     folder: PathBuf,
     temporary: Option<tempfile::TempDir>,
 }
@@ -84,13 +112,29 @@ impl Broker {
     /// # Errors
     /// As [`Broker::private`], and for services of which only one node can run.
     pub fn private_cluster(service: Service, nodes: u16) -> Result<Broker> {
+        Broker::temporary(service, nodes, false)
+    }
+
+    /// As [`Broker::private`], with TLS and authentication. [`Broker::env`] leads to the listener without TLS, where
+    /// everybody has the rights of the application, [`Broker::secured_env`] to the one with TLS.
+    ///
+    /// # Errors
+    /// As [`Broker::private`], and for services that cannot be secured.
+    pub fn secure(service: Service) -> Result<Broker> {
+        Broker::temporary(service, 1, true)
+    }
+
+    fn temporary(service: Service, nodes: u16, secure: bool) -> Result<Broker> {
         let home = Home::from_env()?;
         let temporary = tempfile::Builder::new()
             .prefix(&format!("lab-{service}-"))
             .tempdir()
             .context("cannot create a temporary folder")?;
         let folder = temporary.path().to_owned();
-        let setup = services::prepare(service, &home, &folder, nodes, Ports::Free)?;
+        let security = secure
+            .then(|| Security::at(folder.join("secure")))
+            .transpose()?;
+        let setup = services::prepare(service, &home, &folder, nodes, Ports::Free, security)?;
         let logs = folder.clone();
         Broker::launch(
             service,
@@ -103,10 +147,19 @@ impl Broker {
     }
 
     /// Starts the learner's broker: on the ports of [`Ports::from_env`], with storage that is kept between runs.
-    pub(crate) fn shared(service: Service, home: &Home, nodes: u16, fresh: bool) -> Result<Broker> {
+    pub(crate) fn shared(service: Service, home: &Home, wish: Wish) -> Result<Broker> {
+        let Wish {
+            nodes,
+            fresh,
+            secure,
+        } = wish;
         let mut name = format!("{service}-{}", service.version());
         if nodes > 1 {
             name += &format!("-{nodes}-nodes");
+        }
+        // The users are stored too.
+        if secure {
+            name += "-secure";
         }
         let folder = home.data().join(name);
         if fresh && folder.exists() {
@@ -114,7 +167,8 @@ impl Broker {
                 .with_context(|| format!("cannot delete {}", folder.display()))?;
         }
         let ports = Ports::from_env(service)?;
-        let setup = services::prepare(service, home, &folder, nodes, ports)?;
+        let security = secure.then(|| Security::at(home.secure())).transpose()?;
+        let setup = services::prepare(service, home, &folder, nodes, ports, security)?;
         Broker::launch(service, Backend::Native, setup, folder, &home.logs(), None)
     }
 
@@ -134,6 +188,8 @@ impl Broker {
             run: Command::new(program),
             host: String::new(),
             web: None,
+            secured: None,
+            secured_web: None,
         };
         let setup = Setup::of(vec![node], None);
         let folder = PathBuf::new();
@@ -141,6 +197,7 @@ impl Broker {
             Broker::prepare(service, Backend::Mock, setup, folder, &home.logs(), None)?;
         broker.spawn(1)?;
         broker.setup.nodes[0].host = broker.await_address()?;
+        broker.env = service.spec().env(&broker.setup.nodes, None)?;
         broker.await_ready(1)?;
         Ok(broker)
     }
@@ -161,7 +218,43 @@ impl Broker {
         for number in broker.numbers() {
             broker.await_ready(number)?;
         }
+        broker.grant()?;
         Ok(broker)
+    }
+
+    /// Gives the users their rights.
+    fn grant(&self) -> Result<()> {
+        let mut programs = Vec::new();
+        for (number, grant) in (1..).zip(&self.setup.grants) {
+            match grant {
+                Grant::Run(command) => {
+                    let log = self.log(1)?.with_extension(format!("grant-{number}"));
+                    let (out, err) = log_streams(&log, true)?;
+                    programs.push((Supervised::spawn(command, out, err, None)?, log));
+                }
+                Grant::Post(page, json) => {
+                    let (status, body) = page
+                        .post(json, GRANT_LIMIT)
+                        .with_context(|| format!("no answer from {}", page.url))?;
+                    if !(200..300).contains(&status) {
+                        bail!("{} answers {status}: {body}", page.url);
+                    }
+                }
+            }
+        }
+        for (mut program, log) in programs {
+            let status = program.wait()?;
+            if !status.success() {
+                bail!(
+                    "the users of {} cannot be given their rights ({status}). The last lines of {}:\n{}",
+                    self.service,
+                    log.display(),
+                    tail(&log, 15)
+                );
+            }
+            let _ = fs::remove_file(log);
+        }
+        Ok(())
     }
 
     fn prepare(
@@ -188,6 +281,8 @@ impl Broker {
                 if !status.success() {
                     return Err(epitaph(service, &log));
                 }
+                // Kafka's shows the hashes of the users' passwords.
+                log_streams(&log, true)?;
             }
         }
         let nodes = setup
@@ -198,12 +293,14 @@ impl Broker {
                 process: Mutex::new(None),
             })
             .collect();
+        let env = service.spec().env(&setup.nodes, setup.security.as_ref())?;
         Ok(Broker {
             service,
             backend,
             nodes,
             _companion: companion,
             setup,
+            env,
             folder,
             temporary,
         })
@@ -226,9 +323,8 @@ impl Broker {
 
     /// The address in the form that the service's environment variable takes, with all nodes where clients accept a list.
     pub fn address(&self) -> String {
-        let nodes = self.setup.nodes.iter();
-        let hosts: Vec<_> = nodes.map(|node| node.host.clone()).collect();
-        self.service.address(&hosts)
+        let first = self.env().into_iter().next();
+        first.map_or_else(String::new, |(_, address)| address)
     }
 
     /// The web consoles or admin interfaces, one per node that has one.
@@ -240,7 +336,47 @@ impl Broker {
     /// What to set in the environment of an example so that it finds this broker. Pulsar's second node is in
     /// `PULSAR_ADDRESS_B` and `PULSAR_ADMIN_URL_B`, a third in `…_C`.
     pub fn env(&self) -> Vec<(String, String)> {
-        self.service.spec().env(&self.setup.nodes)
+        self.env.clone()
+    }
+
+    /// What to set to come in with TLS as this user; the CA's certificate is among it. `docs/brokers.md` has the names.
+    ///
+    /// # Errors
+    /// The broker is not secured, or a file with a secret cannot be read.
+    pub fn secured_env(&self, user: User) -> Result<Vec<(String, String)>> {
+        let security = self.setup.security.as_ref();
+        let security = security.with_context(|| format!("this {} is not secured", self.service))?;
+        let spec = self.service.spec();
+        spec.secured_env(&self.setup.nodes, security, user)
+    }
+
+    /// What a user is told of a secured broker: a file for each way in, with what to set in a shell. A secret is not in
+    /// it, but the file that holds the secret.
+    pub(crate) fn ways_in(&self) -> Result<Vec<WayIn>> {
+        let Some(security) = &self.setup.security else {
+            return Ok(Vec::new());
+        };
+        let folder = security.folder_of(self.service.name())?;
+        let way = |title: String, name: &str, env: Vec<(String, String)>| -> Result<WayIn> {
+            let mut exports = Vec::new();
+            for (name, value) in env {
+                exports.push(format!("export {name}=\"{}\"", security.for_shell(&value)?));
+            }
+            let file = folder.join(format!("{name}.env"));
+            security::write(&file, &(exports.join("\n") + "\n"))?;
+            Ok(WayIn {
+                title,
+                file,
+                exports,
+            })
+        };
+        let plain = "without TLS, with the rights of the application".to_owned();
+        let mut ways = vec![way(plain, "plain", self.env())?];
+        for user in User::ALL {
+            let title = format!("with TLS, as the {user}");
+            ways.push(way(title, &user.to_string(), self.secured_env(user)?)?);
+        }
+        Ok(ways)
     }
 
     /// The numbers of the nodes, from 1.
@@ -456,18 +592,20 @@ impl Broker {
         let host = node.host.split(',').next().unwrap_or_default();
         let pages = match self.backend {
             Backend::Mock => Vec::new(),
-            Backend::Native | Backend::Docker => {
-                spec.health(host, node.web.as_deref().unwrap_or_default())
-            }
+            Backend::Native | Backend::Docker => spec.health(
+                host,
+                node.web.as_deref().unwrap_or_default(),
+                self.setup.security.as_ref(),
+            )?,
         };
         let log = self.log(number)?;
         let deadline = Instant::now() + START_LIMIT;
         loop {
             let patience = Duration::from_secs(5);
             let ready = service.probe(host, patience) == Found::Ready
-                && pages.iter().all(|page| {
-                    probe::http_get(page, patience).is_some_and(|(status, _)| status == 200)
-                });
+                && pages
+                    .iter()
+                    .all(|page| page.get(patience).is_some_and(|(status, _)| status == 200));
             if ready {
                 return Ok(());
             }

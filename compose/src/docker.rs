@@ -51,6 +51,8 @@ pub(crate) fn node(service: Service) -> Node {
         web: facts
             .web
             .map(|web| format!("http://127.0.0.1:{}", web.port)),
+        secured: None,
+        secured_web: None,
     }
 }
 

@@ -82,6 +82,11 @@ impl Home {
         self.folder("logs")
     }
 
+    /// Certificates, keys and passwords of secured brokers.
+    pub(crate) fn secure(&self) -> PathBuf {
+        self.root.join("secure")
+    }
+
     fn folder(&self, name: &str) -> PathBuf {
         let path = self.root.join(name);
         // A failure shows, with this path, at the first file that is written there.

@@ -18,6 +18,7 @@ mod lab;
 mod ports;
 mod probe;
 mod process;
+mod security;
 mod services;
 mod terminal;
 mod workspace;
@@ -25,4 +26,5 @@ mod workspace;
 pub use broker::Broker;
 #[doc(hidden)]
 pub use lab::main as lab;
+pub use security::User;
 pub use services::Service;

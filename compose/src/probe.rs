@@ -3,9 +3,13 @@
 //! An open port says little: brokers accept connections seconds before they serve, and the port may belong to another
 //! program altogether. Each service is asked for the first step of its own protocol's handshake.
 
+use std::fmt;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::time::Duration;
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 
 /// What was found at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,23 +75,80 @@ fn shake_hands(
     true
 }
 
-/// The status and the body of an HTTP GET, as RabbitMQ's user `guest` where that matters; `None` if there was no answer
-/// within `patience`.
-pub fn http_get(url: &str, patience: Duration) -> Option<(u16, String)> {
-    let agent = ureq::Agent::config_builder()
+/// A page of a web interface, and who asks for it.
+#[derive(Clone, Debug)]
+pub(crate) struct Page {
+    pub(crate) url: String,
+    /// The value of HTTP's header `Authorization`.
+    pub(crate) authorization: Option<String>,
+}
+
+impl Page {
+    pub(crate) fn of(url: String) -> Page {
+        Page {
+            url,
+            authorization: None,
+        }
+    }
+
+    pub(crate) fn basic(url: String, user: impl fmt::Display, password: &str) -> Page {
+        let login = BASE64_STANDARD.encode(format!("{user}:{password}"));
+        Page {
+            url,
+            authorization: Some(format!("Basic {login}")),
+        }
+    }
+
+    pub(crate) fn bearer(url: String, token: &str) -> Page {
+        Page {
+            url,
+            authorization: Some(format!("Bearer {token}")),
+        }
+    }
+
+    /// The status and the body of a GET; `None` if there was no answer within `patience`.
+    pub(crate) fn get(&self, patience: Duration) -> Option<(u16, String)> {
+        let mut request = agent(patience).get(&self.url);
+        if let Some(authorization) = &self.authorization {
+            request = request.header("authorization", authorization);
+        }
+        answer(request.call())
+    }
+
+    /// The same of a POST of JSON.
+    pub(crate) fn post(&self, json: &str, patience: Duration) -> Option<(u16, String)> {
+        let mut request = agent(patience)
+            .post(&self.url)
+            .header("content-type", "application/json");
+        if let Some(authorization) = &self.authorization {
+            request = request.header("authorization", authorization);
+        }
+        answer(request.send(json))
+    }
+}
+
+fn agent(patience: Duration) -> ureq::Agent {
+    ureq::Agent::config_builder()
         .timeout_global(Some(patience))
         .http_status_as_error(false)
         // A proxy from the environment is for the world outside.
         .proxy(None)
         .build()
-        .new_agent();
-    let mut response = agent
-        .get(url)
-        .header("authorization", "Basic Z3Vlc3Q6Z3Vlc3Q=")
-        .call()
-        .ok()?;
+        .new_agent()
+}
+
+fn answer(
+    response: Result<ureq::http::Response<ureq::Body>, ureq::Error>,
+) -> Option<(u16, String)> {
+    let mut response = response.ok()?;
     let body = response.body_mut().read_to_string().ok()?;
     Some((response.status().as_u16(), body))
+}
+
+/// The status and the body of an HTTP GET, as RabbitMQ's user `guest` where that matters; `None` if there was no answer
+/// within `patience`.
+pub fn http_get(url: &str, patience: Duration) -> Option<(u16, String)> {
+    Page::basic(url.to_owned(), "guest", "guest").get(patience)
 }
 
 fn connect(address: &str, patience: Duration) -> Option<TcpStream> {

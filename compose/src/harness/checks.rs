@@ -34,7 +34,13 @@ pub fn broker_absent(service: Service, programs: &[&str]) -> Result<()> {
         let stderr = &ended.stderr;
         assert_eq!(ended.code(), 1, "{program}: {stderr}");
         // No example prints a password.
-        let place = address.rsplit('@').next().unwrap_or_default();
+        let place = match address.rsplit_once('@') {
+            Some((login, place)) => {
+                assert!(!stderr.contains(login), "{program}: {stderr}");
+                place
+            }
+            None => &address,
+        };
         assert!(stderr.contains(place), "{program}: {stderr}");
         let advice = format!("cargo lab up {service}");
         assert!(stderr.contains(&advice), "{program}: {stderr}");

@@ -26,6 +26,7 @@
 mod checks;
 mod example;
 mod kafka_record;
+mod kafka_tool;
 mod pool;
 pub mod transcript;
 mod transcripts;
@@ -39,6 +40,7 @@ pub use crate::workspace::{ExampleInfo, Workspace};
 pub use checks::{Call, broker_absent, closed_pipe, names};
 pub use example::{Example, Finished, Running, handles};
 pub use kafka_record::produce_kafka_record;
+pub use kafka_tool::kafka_tool;
 pub use pool::Pool;
 pub use transcripts::{private_brokers, transcripts};
 

@@ -22,7 +22,8 @@ use clap::{Parser, Subcommand};
 use self::orders::Target;
 use self::running::Verb;
 use crate::Service;
-use crate::services::{check_count, names};
+use crate::broker::Wish;
+use crate::services::{check_count, check_secure, names};
 use crate::terminal::{out, page, say};
 use crate::workspace::Workspace;
 
@@ -74,6 +75,8 @@ enum Lab {
         /// Begin with empty storage
         #[arg(long)]
         fresh: bool,
+        #[arg(long, help = secure_help())]
+        secure: bool,
         /// The background process behind --detach
         #[arg(long, hide = true)]
         hold: bool,
@@ -133,6 +136,11 @@ enum Lab {
     },
 }
 
+fn secure_help() -> String {
+    let services = names(|spec| spec.facts().secured.is_some());
+    format!("With TLS, authentication, an application's user and an administrator: {services}")
+}
+
 fn after_help() -> String {
     let variables: Vec<_> = Service::ALL
         .iter()
@@ -172,15 +180,24 @@ impl Lab {
                 detach,
                 nodes,
                 fresh,
+                secure,
                 hold,
             } => {
                 for service in &services {
                     check_count(*service, nodes)?;
+                    if secure {
+                        check_secure(*service)?;
+                    }
                 }
+                let wish = Wish {
+                    nodes,
+                    fresh,
+                    secure,
+                };
                 if detach {
-                    return up::detach(&services, nodes, fresh);
+                    return up::detach(&services, wish);
                 }
-                up::up(&services, nodes, fresh, hold)?;
+                up::up(&services, wish, hold)?;
             }
             Lab::Down { services } => orders::down(&services)?,
             Lab::Status => status::status()?,

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 
 use super::build;
 use super::running::{self, Entry, Lease};
-use crate::broker::{Backend, Broker};
+use crate::broker::{Backend, Broker, Wish};
 use crate::home::Home;
 use crate::ports::Ports;
 use crate::probe::Found;
@@ -180,18 +180,15 @@ pub(super) fn obtain(home: &Home, service: Service, backend: Backend) -> Result<
 }
 
 /// Starts the service on the usual ports.
-pub(super) fn start(
-    home: &Home,
-    service: Service,
-    backend: Backend,
-    nodes: u16,
-    fresh: bool,
-) -> Result<Broker> {
-    if nodes > 1 && backend != Backend::Native {
+pub(super) fn start(home: &Home, service: Service, backend: Backend, wish: Wish) -> Result<Broker> {
+    if wish.secure && backend != Backend::Native {
+        bail!("{service} is secured natively only, not on the {backend} backend");
+    }
+    if wish.nodes > 1 && backend != Backend::Native {
         bail!("several nodes run natively only, not on the {backend} backend");
     }
     match (backend, service.spec().mock()) {
-        (Backend::Native, _) => Broker::shared(service, home, nodes, fresh),
+        (Backend::Native, _) => Broker::shared(service, home, wish),
         (Backend::Docker, _) => Broker::docker(service, home),
         (Backend::Mock, Some(mock)) => {
             let program = build::build(&Workspace::load()?, mock.example, false, false)?;

@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use super::running::{Desk, Entry, EntryNode, Lease, Order, Run, Verb};
 use super::{interrupt, origin};
 use crate::Service;
-use crate::broker::{Backend, Broker};
+use crate::broker::{Backend, Broker, WayIn, Wish};
 use crate::home::Home;
 use crate::process::Supervised;
 use crate::terminal::say;
@@ -32,6 +32,8 @@ pub(super) struct Owner {
 struct Held {
     broker: Broker,
     lease: Lease,
+    /// As in [`Entry::ways_in`].
+    ways_in: Vec<WayIn>,
     paused: Vec<u16>,
     /// What was published last.
     entry: Option<Entry>,
@@ -79,15 +81,16 @@ impl Owner {
         service: Service,
         backend: Backend,
         lease: Lease,
-        nodes: u16,
-        fresh: bool,
+        wish: Wish,
     ) -> Result<()> {
         say!("starting {service}…");
-        let broker = origin::start(&self.home, service, backend, nodes, fresh)?;
+        let broker = origin::start(&self.home, service, backend, wish)?;
+        let ways_in = broker.ways_in()?;
         interrupt::remove_at_end(lease.file().to_owned());
         let mut held = Held {
             broker,
             lease,
+            ways_in,
             paused: Vec::new(),
             entry: None,
         };
@@ -302,6 +305,7 @@ impl Owner {
             version: broker.version().map(str::to_owned),
             env: broker.env(),
             web: broker.web(),
+            ways_in: held.ways_in.clone(),
             nodes,
             folder: broker.folder().to_owned(),
             socket: self.socket.clone(),

@@ -13,6 +13,7 @@ use super::origin::Origin;
 use super::owner::Owner;
 use super::{build, interrupt};
 use crate::Service;
+use crate::broker::Wish;
 use crate::home::Home;
 use crate::terminal::{page, say};
 use crate::workspace::Workspace;
@@ -89,7 +90,12 @@ pub(super) fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode
             }
             Origin::Port(address) => environment.push((service.variable().to_owned(), address)),
             Origin::Start(backend, lease) => {
-                owner.start(service, backend, lease, example.nodes, false)?;
+                let wish = Wish {
+                    nodes: example.nodes,
+                    fresh: false,
+                    secure: false,
+                };
+                owner.start(service, backend, lease, wish)?;
             }
         }
     }

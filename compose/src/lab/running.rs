@@ -16,7 +16,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::Service;
+use crate::broker::WayIn;
 use crate::home::Home;
+use crate::security::{self, without_password};
 
 /// What the owner of a broker says of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -34,6 +36,9 @@ pub(super) struct Entry {
     pub(super) env: Vec<(String, String)>,
     /// The web consoles.
     pub(super) web: Vec<String>,
+    /// If it is secured: the ways into it.
+    #[serde(default)]
+    pub(super) ways_in: Vec<WayIn>,
     /// Its nodes.
     pub(super) nodes: Vec<EntryNode>,
     /// Where it stores.
@@ -48,9 +53,9 @@ impl Entry {
         self.env.first().map_or("", |(_, address)| address)
     }
 
-    /// The address, the consoles and the version.
+    /// The address, the consoles and the version; if it is secured, the ways into it in further lines.
     pub(super) fn describe(&self) -> String {
-        let mut text = self.address().to_owned();
+        let mut text = without_password(self.address());
         for web in &self.web {
             text += &format!("   {web}");
         }
@@ -59,6 +64,12 @@ impl Entry {
         }
         if self.backend != "native" {
             text += &format!("   ({})", self.backend);
+        }
+        for way in &self.ways_in {
+            text += &format!("\n  {}: . '{}'", way.title, way.file.display());
+            for export in &way.exports {
+                text += &format!("\n    {export}");
+            }
         }
         text
     }
@@ -181,8 +192,9 @@ impl Lease {
     /// Says to all what runs. Readers see the old text or the new one, never half of it.
     pub(super) fn publish(&self, entry: &impl Serialize) -> Result<()> {
         let new = self.entry.with_extension("new");
-        fs::write(&new, serde_json::to_vec_pretty(entry)?)
-            .and_then(|()| fs::rename(&new, &self.entry))
+        // There may be a password in an address.
+        security::write(&new, &serde_json::to_string_pretty(entry)?)?;
+        fs::rename(&new, &self.entry)
             .with_context(|| format!("cannot write {}", self.entry.display()))
     }
 

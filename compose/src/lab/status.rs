@@ -11,6 +11,7 @@ use super::running::{self, Run};
 use crate::Service;
 use crate::broker::log_path;
 use crate::home::Home;
+use crate::security::without_password;
 use crate::terminal::page;
 
 pub(super) fn status() -> Result<()> {
@@ -27,7 +28,12 @@ pub(super) fn status() -> Result<()> {
                 entry.backend, entry.command, entry.owner
             )?;
             for (name, value) in &entry.env {
+                let value = without_password(value);
                 writeln!(text, "            {name}={value}")?;
+            }
+            for way in &entry.ways_in {
+                let file = way.file.display();
+                writeln!(text, "            {}: . '{file}'", way.title)?;
             }
             for node in &entry.nodes {
                 let pid = node

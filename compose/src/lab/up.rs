@@ -11,12 +11,14 @@ use super::origin::{OTHERS_START, Origin, obtain};
 use super::owner::Owner;
 use super::{interrupt, running};
 use crate::Service;
+use crate::broker::Wish;
 use crate::files::tail;
 use crate::home::Home;
+use crate::security::without_password;
 use crate::terminal::{out, say};
 
 /// `lab up`: starts the services and keeps them until Ctrl-C, SIGTERM, or until all have been taken down.
-pub(super) fn up(services: &[Service], nodes: u16, fresh: bool, hold: bool) -> Result<()> {
+pub(super) fn up(services: &[Service], wish: Wish, hold: bool) -> Result<()> {
     if hold {
         // A session of its own, so that closing the terminal does not take the brokers along.
         nix::unistd::setsid().context("cannot leave the terminal's session")?;
@@ -29,13 +31,13 @@ pub(super) fn up(services: &[Service], nodes: u16, fresh: bool, hold: bool) -> R
         match Origin::choose(&home, *service)? {
             Origin::Start(backend, lease) => {
                 obtain(&home, *service, backend)?;
-                owner.start(*service, backend, lease, nodes, fresh)?;
+                owner.start(*service, backend, lease, wish)?;
                 out!(
                     "{service:10}  {}",
                     owner.describe(*service).unwrap_or_default()
                 );
             }
-            found => say_runs_already(*service, &found, nodes, fresh)?,
+            found => say_runs_already(*service, &found, wish)?,
         }
     }
     interrupt::attend();
@@ -63,15 +65,26 @@ pub(super) fn up(services: &[Service], nodes: u16, fresh: bool, hold: bool) -> R
     owner.stop()
 }
 
-/// Says where the one is that runs already. Whoever asks for empty storage or a cluster must not get that.
-fn say_runs_already(service: Service, found: &Origin, nodes: u16, fresh: bool) -> Result<()> {
-    if nodes > 1 || fresh {
+/// Says where the one is that runs already. Whoever asks for empty storage, a cluster or a secured one must get that.
+fn say_runs_already(service: Service, found: &Origin, wish: Wish) -> Result<()> {
+    let entry = match found {
+        Origin::Lab(entry) => Some(entry),
+        _ => None,
+    };
+    let is_secured = entry.is_some_and(|entry| !entry.ways_in.is_empty());
+    if wish.nodes > 1 || wish.fresh || (wish.secure && !is_secured) {
         bail!(
-            "{service} runs already; --nodes and --fresh need a start: stop it first with `cargo lab down {service}`"
+            "{service} runs already; --nodes, --fresh and --secure need a start: \
+             stop it first with `cargo lab down {service}`"
         );
     }
-    let address = found.address().unwrap_or_default();
-    out!("{service:10}  {address} (runs already)");
+    match entry {
+        Some(entry) => out!("{service:10}  (runs already) {}", entry.describe()),
+        None => {
+            let address = without_password(found.address().unwrap_or_default());
+            out!("{service:10}  {address} (runs already)");
+        }
+    }
     if let Some(notice) = found.notice(service) {
         say!("{notice}");
     }
@@ -79,7 +92,7 @@ fn say_runs_already(service: Service, found: &Origin, nodes: u16, fresh: bool) -
 }
 
 /// `lab up --detach`: the same in a background process, from which this one returns as soon as all serve.
-pub(super) fn detach(services: &[Service], nodes: u16, fresh: bool) -> Result<ExitCode> {
+pub(super) fn detach(services: &[Service], wish: Wish) -> Result<ExitCode> {
     let interrupted = interrupt::catch()?;
     let home = Home::from_env()?;
     let mut wanted = Vec::new();
@@ -90,7 +103,7 @@ pub(super) fn detach(services: &[Service], nodes: u16, fresh: bool) -> Result<Ex
                 obtain(&home, *service, backend)?;
                 wanted.push(*service);
             }
-            found => say_runs_already(*service, &found, nodes, fresh)?,
+            found => say_runs_already(*service, &found, wish)?,
         }
     }
     if wanted.is_empty() {
@@ -100,10 +113,9 @@ pub(super) fn detach(services: &[Service], nodes: u16, fresh: bool) -> Result<Ex
     let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
     let mut command =
         Command::new(std::env::current_exe().context("cannot find this program's own file")?);
-    command.args(["up", "--hold", "--nodes", &nodes.to_string()]);
-    if fresh {
-        command.arg("--fresh");
-    }
+    command.args(["up", "--hold", "--nodes", &wish.nodes.to_string()]);
+    command.args(wish.fresh.then_some("--fresh"));
+    command.args(wish.secure.then_some("--secure"));
     let names: Vec<_> = wanted.iter().map(|service| service.name()).collect();
     command.args(&names);
     say!("starting {}…", names.join(", "));

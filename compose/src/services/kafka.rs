@@ -1,16 +1,21 @@
 //! Apache Kafka: jars by Maven, and one JVM per node, which is broker and controller.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+#[cfg(feature = "harness")]
+use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::jvm::Jvm;
 use super::setup::{fill, write};
-use super::{Facts, Mock, Node, Program, Setup, Site, Spec};
+use super::{Facts, Grant, Mock, Node, NodePorts, Program, Secured, Setup, Site, Spec};
 use crate::fetch::maven::Jars;
+#[cfg(feature = "harness")]
+use crate::home::Home;
 use crate::ports;
 use crate::probe::Greeting;
+use crate::security::{self, BROKER, Security, User};
 
 pub(super) struct Kafka;
 
@@ -21,7 +26,7 @@ impl Spec for Kafka {
         Facts {
             name: "kafka",
             title: "Kafka",
-            variable: "KAFKA_BROKERS",
+            variable: VARIABLE,
             port: 9092,
             web: None,
             most_nodes: 5,
@@ -33,6 +38,11 @@ impl Spec for Kafka {
                 ask: &[0, 0, 0, 10, 0, 18, 0, 0, 0, 0, 0, 7, 0xff, 0xff],
                 answer: |bytes| bytes.len() >= 10 && bytes[4..10] == [0, 0, 0, 7, 0, 0],
             },
+            // Not 9093: without TLS, that is the second node's.
+            secured: Some(Secured {
+                port: Some(9193),
+                web: 0,
+            }),
         }
     }
 
@@ -66,6 +76,7 @@ impl Spec for Kafka {
                 ("data", data.display().to_string()),
                 ("replicas", replicas.to_string()),
                 ("in_sync", replicas.saturating_sub(1).max(1).to_string()),
+                ("secured", secured(node, site.security)?),
             ];
             write(
                 &properties,
@@ -76,6 +87,9 @@ impl Spec for Kafka {
                 .args(["kafka.tools.StorageTool", "format", "--ignore-formatted"])
                 .args(["-t", &cluster, "-c"])
                 .arg(&properties);
+            if let Some(security) = site.security {
+                format.arg(format!("@{}", passwords(security)?.display()));
+            }
             let mut run = jvm.command(&folder, &["*"], &["-Xmx512m"])?;
             run.args(jvm.archive_option(node));
             run.arg("kafka.Kafka").arg(&properties);
@@ -84,7 +98,35 @@ impl Spec for Kafka {
                 ..node.node(run)
             });
         }
-        Ok(jvm.set_up(nodes))
+        let grants = match site.security {
+            Some(security) => grants(&jvm, site, &nodes, security)?,
+            None => Vec::new(),
+        };
+        Ok(Setup {
+            grants,
+            ..jvm.set_up(nodes)
+        })
+    }
+
+    /// There are no usual names: these are librdkafka's settings, in capitals.
+    fn secured_env(
+        &self,
+        nodes: &[Node],
+        security: &Security,
+        user: User,
+    ) -> Result<Vec<(String, String)>> {
+        let ca = security.ca().display().to_string();
+        let variables = [
+            (VARIABLE, secured_hosts(nodes)),
+            ("KAFKA_SECURITY_PROTOCOL", "SASL_SSL".to_owned()),
+            ("KAFKA_SASL_MECHANISM", MECHANISM.to_owned()),
+            ("KAFKA_SASL_USERNAME", user.to_string()),
+            ("KAFKA_SASL_PASSWORD", security.password(user)?),
+            ("KAFKA_SSL_CA_LOCATION", ca),
+        ];
+        Ok(variables
+            .map(|(name, value)| (name.to_owned(), value))
+            .to_vec())
     }
 
     fn mock(&self) -> Option<Mock> {
@@ -97,6 +139,136 @@ kafka: this is librdkafka's MOCK cluster, not Apache Kafka. What it does not gua
   - timestamps of records are not those of a broker; retention and compaction do not happen",
         })
     }
+}
+
+const VARIABLE: &str = "KAFKA_BROKERS";
+
+const MECHANISM: &str = "SCRAM-SHA-512";
+
+/// What a node's properties have besides, if it is secured.
+fn secured(node: &NodePorts, security: Option<&Security>) -> Result<String> {
+    let (Some(security), Some(ports)) = (security, &node.secured) else {
+        return Ok(String::new());
+    };
+    // Kafka takes key and certificate from one file.
+    let store = security.folder_of("kafka")?.join("broker.pem");
+    let read = |path: PathBuf| {
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    security::write(
+        &store,
+        &(read(security.key(BROKER))? + &read(security.certificate(BROKER))?),
+    )?;
+    let values = [
+        ("port", node.client.to_string()),
+        ("secured_port", ports.client.to_string()),
+        ("internal_port", ports.internal.to_string()),
+        ("controller_port", node.others[0].to_string()),
+        ("store", store.display().to_string()),
+        ("ca", security.ca().display().to_string()),
+    ];
+    fill(include_str!("../../kafka/secured.properties"), &values)
+}
+
+/// The arguments of the storage tool that tell it the users, in a file: everybody can read the list of processes.
+fn passwords(security: &Security) -> Result<PathBuf> {
+    let path = security.folder_of("kafka")?.join("users.args");
+    let mut lines = String::new();
+    for user in User::ALL {
+        let password = security.password(user)?;
+        lines += &format!("--add-scram\n{MECHANISM}=[name={user},password={password}]\n");
+    }
+    security::write(&path, &lines)?;
+    Ok(path)
+}
+
+/// What allows the application, and whoever comes without TLS, to read and to write, and to create nothing.
+fn grants(jvm: &Jvm, site: &Site, nodes: &[Node], security: &Security) -> Result<Vec<Grant>> {
+    let folder = security.folder_of("kafka")?;
+    // For Kafka's own tools, after --command-config.
+    let config = |user: User| folder.join(format!("{user}.properties"));
+    let ca = security.ca().display().to_string();
+    for user in User::ALL {
+        let properties = client_properties(&user.to_string(), &security.password(user)?, &ca)?;
+        security::write(&config(user), &properties)?;
+    }
+    let mut grants = Vec::new();
+    let resources: [(&str, &[&str]); 2] = [
+        ("Read", &["--topic", "*", "--group", "*"]),
+        ("Write", &["--topic", "*", "--transactional-id", "*"]),
+    ];
+    for (operation, resources) in resources {
+        let folder = site.folder.join(operation);
+        fs::create_dir_all(&folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+        let mut command = jvm.command(&folder, &["*"], &["-Xmx128m"])?;
+        command
+            .args(["org.apache.kafka.tools.AclCommand", "--add"])
+            .args(["--bootstrap-server", &secured_hosts(nodes)])
+            .arg("--command-config")
+            .arg(config(User::Administrator));
+        for principal in ["ANONYMOUS".to_owned(), User::Application.to_string()] {
+            command
+                .arg("--allow-principal")
+                .arg(format!("User:{principal}"));
+        }
+        command
+            .args(["--operation", operation, "--operation", "Describe"])
+            .args(resources);
+        grants.push(Grant::Run(command));
+    }
+    Ok(grants)
+}
+
+fn secured_hosts(nodes: &[Node]) -> String {
+    let hosts: Vec<_> = nodes
+        .iter()
+        .filter_map(|node| node.secured.clone())
+        .collect();
+    hosts.join(",")
+}
+
+/// One of Kafka's own tools, by the name of its class, which comes in by what these variables say, those of
+/// [`Spec::secured_env`]. The folder is for its configuration.
+#[cfg(feature = "harness")]
+pub(crate) fn tool(
+    home: &Home,
+    folder: &Path,
+    class: &str,
+    env: &[(String, String)],
+) -> Result<Command> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let value = |name| {
+        let found = env.iter().find(|(variable, _)| variable == name);
+        found.map_or("", |(_, value)| value)
+    };
+    let properties = client_properties(
+        value("KAFKA_SASL_USERNAME"),
+        value("KAFKA_SASL_PASSWORD"),
+        value("KAFKA_SSL_CA_LOCATION"),
+    )?;
+    let config = folder.join("client.properties");
+    security::write(&config, &properties)?;
+    let mut command = Jvm::fetch(home, &JARS)?.command(folder, &["*"], &["-Xmx128m"])?;
+    command
+        .args([
+            class,
+            "--bootstrap-server",
+            value(VARIABLE),
+            "--command-config",
+        ])
+        .arg(config);
+    Ok(command)
+}
+
+fn client_properties(user: &str, password: &str, ca: &str) -> Result<String> {
+    let values = [
+        ("mechanism", MECHANISM.to_owned()),
+        ("user", user.to_owned()),
+        ("password", password.to_owned()),
+        ("ca", ca.to_owned()),
+    ];
+    fill(include_str!("../../kafka/client.properties"), &values)
 }
 
 /// The same for all nodes and all starts of one data folder.

@@ -18,15 +18,20 @@ use std::ops::Range;
 use std::str::FromStr;
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 
 use crate::fetch::Part;
 use crate::home::Home;
-use crate::probe::{self, Found, Greeting};
+use crate::probe::{self, Found, Greeting, Page};
+use crate::security::{Security, User};
 use crate::workspace::nearest;
 
 pub(crate) use jvm::ClassArchive;
-pub(crate) use setup::{Node, NodePorts, Setup, Site, check_count, prepare, require_free};
+#[cfg(feature = "harness")]
+pub(crate) use kafka::tool as kafka_tool;
+pub(crate) use setup::{
+    Grant, Node, NodePorts, Setup, Site, check_count, check_secure, prepare, require_free,
+};
 
 macro_rules! services {
     ($($(#[$doc:meta])* $name:ident: $spec:expr,)*) => {
@@ -75,19 +80,38 @@ pub(crate) trait Spec: Sync {
     /// The value of the variable for nodes that listen on these `host:port`s, of which there is at least one.
     fn address(&self, hosts: &[String]) -> String;
 
+    /// The same for a secured service, where whoever takes it has the rights of the application, without TLS.
+    fn plain_address(&self, hosts: &[String], _security: &Security) -> Result<String> {
+        Ok(self.address(hosts))
+    }
+
     /// Writes the configuration of the nodes, and says how they are started. The programs are fetched if need be.
     fn set_up(&self, site: &Site) -> Result<Setup>;
 
     /// The pages that answer 200 as soon as the node at `host:port` serves its clients, natively and in a container.
     /// The greeting says too little of a broker that answers before it serves.
-    fn health(&self, _host: &str, _web: &str) -> Vec<String> {
-        Vec::new()
+    fn health(&self, _host: &str, _web: &str, _security: Option<&Security>) -> Result<Vec<Page>> {
+        Ok(Vec::new())
+    }
+
+    /// What brings a client to the listeners with TLS, as this user. The names are the service's own where it has some.
+    fn secured_env(
+        &self,
+        _nodes: &[Node],
+        _security: &Security,
+        _user: User,
+    ) -> Result<Vec<(String, String)>> {
+        bail!("{} cannot be secured", self.facts().title)
     }
 
     /// What tells an example where the nodes are.
-    fn env(&self, nodes: &[Node]) -> Vec<(String, String)> {
+    fn env(&self, nodes: &[Node], security: Option<&Security>) -> Result<Vec<(String, String)>> {
         let hosts: Vec<_> = nodes.iter().map(|node| node.host.clone()).collect();
-        let mut variables = vec![(self.facts().variable.to_owned(), self.address(&hosts))];
+        let address = match security {
+            Some(security) => self.plain_address(&hosts, security)?,
+            None => self.address(&hosts),
+        };
+        let mut variables = vec![(self.facts().variable.to_owned(), address)];
         let console = nodes.first().and_then(|node| node.web.clone());
         variables.extend(
             self.facts()
@@ -95,7 +119,7 @@ pub(crate) trait Spec: Sync {
                 .zip(console)
                 .map(|(web, url)| (web.variable.to_owned(), url)),
         );
-        variables
+        Ok(variables)
     }
 
     /// What stands in for it where it cannot run, if there is anything.
@@ -124,6 +148,16 @@ pub(crate) struct Facts {
     pub(crate) free_ports: Range<u16>,
     /// How it is told from other programs.
     pub(crate) greeting: Greeting,
+    /// How it listens with TLS, if it can.
+    pub(crate) secured: Option<Secured>,
+}
+
+/// Where a secured service listens with TLS.
+pub(crate) struct Secured {
+    /// The one that people expect; `None` if the port without TLS serves both.
+    pub(crate) port: Option<u16>,
+    /// The one that people expect for the web console; 0 if there is none with TLS.
+    pub(crate) web: u16,
 }
 
 /// The programs that a service takes.

@@ -3,15 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
+use nkeys::KeyPair;
 
-use super::setup::{fill, write};
-use super::{Facts, Program, Setup, Site, Spec, Web};
+use super::setup::fill;
+use super::{Facts, Node, Program, Secured, Setup, Site, Spec, Web};
 use crate::fetch::apt::{self, Packages};
 use crate::fetch::{self, Part, Source, go};
 use crate::home::Home;
 use crate::ports;
-use crate::probe::Greeting;
+use crate::probe::{Greeting, Page};
+use crate::security::{self, BROKER, Security, User, make_once};
 use crate::terminal::say;
 
 pub(super) struct Nats;
@@ -62,6 +64,7 @@ impl Spec for Nats {
                 ask: b"",
                 answer: |bytes| bytes.starts_with(b"INFO {"),
             },
+            secured: Some(Secured { port: None, web: 0 }),
         }
     }
 
@@ -76,6 +79,10 @@ impl Spec for Nats {
 
     fn set_up(&self, site: &Site) -> Result<Setup> {
         let program = program(site.home)?;
+        let (secured, routes_tls) = match site.security {
+            Some(security) => secured(security)?,
+            None => (String::new(), String::new()),
+        };
         let routes: Vec<_> = site
             .nodes
             .iter()
@@ -87,7 +94,7 @@ impl Spec for Nats {
             let cluster = match site.nodes {
                 [_] => String::new(),
                 _ => format!(
-                    "cluster {{\n  name: \"lab\"\n  listen: \"127.0.0.1:{}\"\n  routes: [{}]\n}}",
+                    "cluster {{\n  name: \"lab\"\n  listen: \"127.0.0.1:{}\"\n  routes: [{}]\n{routes_tls}}}",
                     node.others[0],
                     routes.join(", ")
                 ),
@@ -98,9 +105,11 @@ impl Spec for Nats {
                 ("web_port", node.web.to_string()),
                 ("data", folder.join("data").display().to_string()),
                 ("cluster", cluster),
+                ("secured", secured.clone()),
             ];
             let conf = folder.join("server.conf");
-            write(
+            // There are passwords in it.
+            security::write(
                 &conf,
                 &fill(include_str!("../../nats/server.conf"), &values)?,
             )?;
@@ -114,8 +123,30 @@ impl Spec for Nats {
         Ok(Setup::of(nodes, is_ours.then(|| self.version())))
     }
 
-    fn health(&self, _host: &str, web: &str) -> Vec<String> {
-        vec![format!("{web}/healthz")]
+    fn health(&self, _host: &str, web: &str, _security: Option<&Security>) -> Result<Vec<Page>> {
+        Ok(vec![Page::of(format!("{web}/healthz"))])
+    }
+
+    /// The names are those of the `nats` command.
+    fn secured_env(
+        &self,
+        nodes: &[Node],
+        security: &Security,
+        user: User,
+    ) -> Result<Vec<(String, String)>> {
+        let urls: Vec<_> = nodes
+            .iter()
+            .filter_map(|node| Some(format!("tls://{}", node.secured.as_ref()?)))
+            .collect();
+        let variables = [
+            (self.facts().variable, urls.join(",")),
+            ("NATS_USER", user.to_string()),
+            ("NATS_PASSWORD", security.password(user)?),
+            ("NATS_CA", security.ca().display().to_string()),
+        ];
+        Ok(variables
+            .map(|(name, value)| (name.to_owned(), value))
+            .to_vec())
     }
 }
 
@@ -140,6 +171,68 @@ impl Program for Nats {
     fn fetch(&self, home: &Home) -> Result<()> {
         program(home).map(drop)
     }
+}
+
+/// The subjects of the examples, by their first word.
+const SUBJECTS: [&str; 20] = [
+    "ack-kinds",
+    "async-publish",
+    "dedup",
+    "drain",
+    "event-bus",
+    "events",
+    "headers",
+    "idempotent",
+    "jobs",
+    "order-flow",
+    "orders",
+    "partitions",
+    "quotes",
+    "reconnect",
+    "replay",
+    "retry",
+    "rpc",
+    "slow",
+    "text",
+    "work-queue",
+];
+
+/// What a secured server's configuration has besides, and what the part on its cluster has.
+fn secured(security: &Security) -> Result<(String, String)> {
+    let seed = security.path("application.seed");
+    make_once(&seed, |new| {
+        let seed = KeyPair::new_user().seed();
+        security::write(new, &seed.map_err(|error| anyhow!("no nkey: {error}"))?)
+    })?;
+    let nkey = KeyPair::from_seed(&security.secret("application.seed")?)
+        .map_err(|error| anyhow!("{} holds no nkey: {error}", seed.display()))?;
+    let subjects: Vec<_> = SUBJECTS
+        .iter()
+        .map(|subject| format!("\"{subject}.>\""))
+        .collect();
+    let values = [
+        (
+            "certificate",
+            security.certificate(BROKER).display().to_string(),
+        ),
+        ("key", security.key(BROKER).display().to_string()),
+        ("administrator", security.password(User::Administrator)?),
+        ("application", security.password(User::Application)?),
+        ("nkey", nkey.public_key()),
+        ("subjects", subjects.join(", ")),
+    ];
+    let routes = [
+        (
+            "certificate",
+            security.certificate(BROKER).display().to_string(),
+        ),
+        ("key", security.key(BROKER).display().to_string()),
+        ("ca", security.ca().display().to_string()),
+    ];
+    Ok((
+        fill(include_str!("../../nats/secured.conf"), &values)?,
+        fill(include_str!("../../nats/routes.conf"), &routes)?,
+    ))
 }
 
 /// The one on PATH, else the one that Go builds, else Debian's.

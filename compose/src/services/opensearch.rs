@@ -5,7 +5,8 @@ use anyhow::Result;
 use super::jvm::Jvm;
 use super::{Facts, Program, Setup, Site, Spec};
 use crate::fetch::maven::Jars;
-use crate::probe::Greeting;
+use crate::probe::{Greeting, Page};
+use crate::security::Security;
 
 pub(super) struct OpenSearch;
 
@@ -27,6 +28,7 @@ impl Spec for OpenSearch {
                 path: "/",
                 has: "\"cluster_name\"",
             },
+            secured: None,
         }
     }
 
@@ -53,9 +55,9 @@ impl Spec for OpenSearch {
         Ok(jvm.set_up(vec![node.node(run)]))
     }
 
-    fn health(&self, host: &str, _web: &str) -> Vec<String> {
-        vec![format!(
+    fn health(&self, host: &str, _web: &str, _security: Option<&Security>) -> Result<Vec<Page>> {
+        Ok(vec![Page::of(format!(
             "http://{host}/_cluster/health?wait_for_status=yellow&timeout=1s"
-        )]
+        ))])
     }
 }

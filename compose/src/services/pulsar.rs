@@ -1,14 +1,18 @@
 //! Apache Pulsar standalone: jars by Maven, and one JVM per node. Each node is a cluster of its own, for replication
 //! from one to the next.
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
 
 use super::jvm::Jvm;
 use super::setup::{fill, write};
-use super::{Facts, Node, NodePorts, Program, Setup, Site, Spec, Web};
+use super::{Facts, Grant, Node, NodePorts, Program, Secured, Setup, Site, Spec, Web};
 use crate::fetch::maven::Jars;
 use crate::ports;
-use crate::probe::Greeting;
+use crate::probe::{Greeting, Page};
+use crate::security::{self, BROKER, Security, User, make_once};
 
 pub(super) struct Pulsar;
 
@@ -22,7 +26,7 @@ impl Spec for Pulsar {
             variable: "PULSAR_ADDRESS",
             port: 6650,
             web: Some(Web {
-                variable: "PULSAR_ADMIN_URL",
+                variable: ADMIN_VARIABLE,
                 port: 8080,
             }),
             most_nodes: 5,
@@ -36,6 +40,10 @@ impl Spec for Pulsar {
                 ],
                 answer: |bytes| bytes.len() >= 10 && bytes[8..10] == [0x08, 3],
             },
+            secured: Some(Secured {
+                port: Some(6651),
+                web: 8443,
+            }),
         }
     }
 
@@ -50,40 +58,159 @@ impl Spec for Pulsar {
     fn set_up(&self, site: &Site) -> Result<Setup> {
         let jvm = Jvm::fetch(site.home, &JARS)?.archiving(site.folder);
         let nodes = site.nodes.iter().map(|node| standalone(&jvm, site, node));
-        let nodes = nodes.collect::<Result<_>>()?;
-        Ok(jvm.set_up(nodes))
+        let nodes: Vec<Node> = nodes.collect::<Result<_>>()?;
+        let mut grants = Vec::new();
+        if let Some(security) = site.security {
+            let token = security.secret(&token_file(User::Administrator))?;
+            for web in nodes.iter().filter_map(|node| node.web.as_ref()) {
+                let user = User::Application;
+                let url = format!("{web}/admin/v2/namespaces/{NAMESPACE}/permissions/{user}");
+                let actions = json!(["produce", "consume"]);
+                grants.push(Grant::Post(Page::bearer(url, &token), actions.to_string()));
+            }
+        }
+        Ok(Setup {
+            grants,
+            ..jvm.set_up(nodes)
+        })
     }
 
     /// The broker is there before the namespace is that all examples use.
-    fn health(&self, _host: &str, web: &str) -> Vec<String> {
-        vec![
-            format!("{web}/admin/v2/brokers/health"),
-            format!("{web}/admin/v2/persistent/public/default"),
-        ]
+    fn health(&self, _host: &str, web: &str, security: Option<&Security>) -> Result<Vec<Page>> {
+        let paths = [
+            "brokers/health".to_owned(),
+            format!("persistent/{NAMESPACE}"),
+        ];
+        let pages = paths.map(|path| {
+            let url = format!("{web}/admin/v2/{path}");
+            Ok(match security {
+                Some(security) => {
+                    Page::bearer(url, &security.secret(&token_file(User::Administrator))?)
+                }
+                None => Page::of(url),
+            })
+        });
+        pages.into_iter().collect()
+    }
+
+    /// There are no usual names.
+    fn secured_env(
+        &self,
+        nodes: &[Node],
+        security: &Security,
+        user: User,
+    ) -> Result<Vec<(String, String)>> {
+        let mut variables = vec![
+            (
+                "PULSAR_TOKEN".to_owned(),
+                security.secret(&token_file(user))?,
+            ),
+            ("PULSAR_CA".to_owned(), security.ca().display().to_string()),
+        ];
+        for (node, ending) in nodes.iter().zip(endings()) {
+            let address = node.secured.as_deref().unwrap_or_default();
+            let admin = node.secured_web.clone().unwrap_or_default();
+            let name = self.facts().variable;
+            variables.push((format!("{name}{ending}"), format!("pulsar+ssl://{address}")));
+            variables.push((format!("{ADMIN_VARIABLE}{ending}"), admin));
+        }
+        Ok(variables)
     }
 
     /// A client takes one address, so the second cluster is in `PULSAR_ADDRESS_B` and `PULSAR_ADMIN_URL_B`, a third in
     /// `…_C`.
-    fn env(&self, nodes: &[Node]) -> Vec<(String, String)> {
-        let endings = std::iter::once(String::new()).chain(('B'..='Z').map(|c| format!("_{c}")));
+    fn env(&self, nodes: &[Node], _security: Option<&Security>) -> Result<Vec<(String, String)>> {
         let mut variables = Vec::new();
-        for (node, ending) in nodes.iter().zip(endings) {
+        for (node, ending) in nodes.iter().zip(endings()) {
             let address = self.address(std::slice::from_ref(&node.host));
             variables.push((format!("{}{ending}", self.facts().variable), address));
-            variables.extend(
-                self.facts()
-                    .web
-                    .zip(node.web.clone())
-                    .map(|(web, url)| (format!("{}{ending}", web.variable), url)),
-            );
+            if let Some(url) = node.web.clone() {
+                variables.push((format!("{ADMIN_VARIABLE}{ending}"), url));
+            }
         }
-        variables
+        Ok(variables)
+    }
+}
+
+const ADMIN_VARIABLE: &str = "PULSAR_ADMIN_URL";
+
+/// The one that all examples use, and the only one in which the application of a secured service may do anything.
+const NAMESPACE: &str = "public/default";
+
+/// Of the variables of the first node, the second, the third…
+fn endings() -> impl Iterator<Item = String> {
+    std::iter::once(String::new()).chain(('B'..='Z').map(|c| format!("_{c}")))
+}
+
+fn token_file(user: User) -> String {
+    format!("{user}.token")
+}
+
+/// What a secured node's configuration has besides.
+fn secured(jvm: &Jvm, folder: &Path, node: &NodePorts, security: &Security) -> Result<String> {
+    let Some(ports) = &node.secured else {
+        return Ok(String::new());
+    };
+    let key = security.path("pulsar.key");
+    make_once(&key, |new| security::write(new, &security::random_word()?))?;
+    for user in User::ALL {
+        make_once(&security.path(&token_file(user)), |new| {
+            security::write(new, &token(jvm, folder, &key, user)?)
+        })?;
+    }
+    let values = [
+        ("port", ports.client.to_string()),
+        ("web_port", ports.web.to_string()),
+        (
+            "certificate",
+            security.certificate(BROKER).display().to_string(),
+        ),
+        ("key", security.key(BROKER).display().to_string()),
+        ("ca", security.ca().display().to_string()),
+        ("secret_key", key.display().to_string()),
+        (
+            "token",
+            security
+                .path(&token_file(User::Administrator))
+                .display()
+                .to_string(),
+        ),
+    ];
+    fill(include_str!("../../pulsar/secured.conf"), &values)
+}
+
+/// Made by Pulsar's own tool, which is told the key by its file.
+fn token(jvm: &Jvm, folder: &Path, key: &Path, user: User) -> Result<String> {
+    let mut command = jvm.command(folder, &["*"], &["-Xmx128m"])?;
+    command
+        .args([
+            "org.apache.pulsar.utils.auth.tokens.TokensCliUtils",
+            "create",
+        ])
+        .arg("--secret-key")
+        .arg(format!("file://{}", key.display()))
+        .args(["--subject", &user.to_string()]);
+    let output = command.output().context("cannot run Java")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    match said.lines().last().map(str::trim) {
+        Some(token) if output.status.success() && token.split('.').count() == 3 => {
+            Ok(token.to_owned())
+        }
+        _ => bail!(
+            "Pulsar makes no token for {user} ({}): {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        ),
     }
 }
 
 fn standalone(jvm: &Jvm, site: &Site, node: &NodePorts) -> Result<Node> {
     let folder = site.folder_of(node)?;
     let conf = folder.join("standalone.conf");
+    let secured = match site.security {
+        Some(security) => secured(jvm, &folder, node, security)?,
+        None => String::new(),
+    };
     let cluster = match node.number {
         1 => "standalone".to_owned(),
         number => format!("standalone-{number}"),
@@ -92,6 +219,7 @@ fn standalone(jvm: &Jvm, site: &Site, node: &NodePorts) -> Result<Node> {
         ("port", node.client.to_string()),
         ("web_port", node.web.to_string()),
         ("cluster", cluster),
+        ("secured", secured),
     ];
     write(
         &conf,

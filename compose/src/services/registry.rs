@@ -28,6 +28,7 @@ impl Spec for Registry {
                 path: "/apis/ccompat/v7/schemas/types",
                 has: "AVRO",
             },
+            secured: None,
         }
     }
 

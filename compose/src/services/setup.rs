@@ -6,10 +6,12 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{ClassArchive, names};
+use super::{ClassArchive, Secured, names};
 use crate::Service;
 use crate::home::Home;
 use crate::ports::{self, Claim, Ports};
+use crate::probe::Page;
+use crate::security::Security;
 
 /// One node of a service, ready to be started, and started again after a kill.
 #[derive(Debug)]
@@ -24,6 +26,10 @@ pub(crate) struct Node {
     pub(crate) host: String,
     /// The address of the web console or the admin interface.
     pub(crate) web: Option<String>,
+    /// `host:port` of the listener with TLS, if the service is secured.
+    pub(crate) secured: Option<String>,
+    /// The address of the web console with TLS, if there is one.
+    pub(crate) secured_web: Option<String>,
 }
 
 /// A whole service: its nodes, and what they need beside them.
@@ -37,6 +43,10 @@ pub(crate) struct Setup {
     pub(crate) companion: Option<Command>,
     /// What the first node writes at an orderly end, if it is not there yet.
     pub(crate) archive: Option<ClassArchive>,
+    /// What gives the users their rights, where only a broker that serves can be told.
+    pub(crate) grants: Vec<Grant>,
+    /// The certificates and users, if the service is secured.
+    pub(crate) security: Option<Security>,
     /// Held for as long as the nodes may run.
     pub(super) claims: Vec<Claim>,
 }
@@ -49,9 +59,20 @@ impl Setup {
             version,
             companion: None,
             archive: None,
+            grants: Vec::new(),
+            security: None,
             claims: Vec::new(),
         }
     }
+}
+
+/// An order of the administrator's. To give it a second time changes nothing.
+#[derive(Debug)]
+pub(crate) enum Grant {
+    /// Given by a program of the service's own.
+    Run(Command),
+    /// Given over HTTP, as JSON.
+    Post(Page, String),
 }
 
 /// Where a service is set up.
@@ -62,6 +83,8 @@ pub(crate) struct Site<'a> {
     pub(crate) folder: &'a Path,
     /// Of each node, of which there is at least one.
     pub(crate) nodes: &'a [NodePorts],
+    /// The certificates and users, if the service is to be secured.
+    pub(crate) security: Option<&'a Security>,
 }
 
 /// The port numbers of one node.
@@ -74,6 +97,18 @@ pub(crate) struct NodePorts {
     pub(crate) web: u16,
     /// As many as the service has asked for.
     pub(crate) others: Vec<u16>,
+    /// Those with TLS, if the service is to be secured.
+    pub(crate) secured: Option<SecuredPorts>,
+}
+
+/// The port numbers of one node with TLS.
+pub(crate) struct SecuredPorts {
+    /// For clients.
+    pub(crate) client: u16,
+    /// For the web console; 0 if the service has none with TLS.
+    pub(crate) web: u16,
+    /// For the other nodes.
+    pub(crate) internal: u16,
 }
 
 impl NodePorts {
@@ -85,6 +120,15 @@ impl NodePorts {
             run,
             host: format!("127.0.0.1:{}", self.client),
             web: (self.web != 0).then(|| format!("http://127.0.0.1:{}", self.web)),
+            secured: self
+                .secured
+                .as_ref()
+                .map(|ports| format!("localhost:{}", ports.client)),
+            secured_web: self
+                .secured
+                .as_ref()
+                .filter(|ports| ports.web != 0)
+                .map(|ports| format!("https://localhost:{}", ports.web)),
         }
     }
 }
@@ -108,21 +152,40 @@ pub(crate) fn prepare(
     folder: &Path,
     count: u16,
     ports: Ports,
+    security: Option<Security>,
 ) -> Result<Setup> {
     let spec = service.spec();
     check_count(service, count)?;
     let mut claims = Vec::new();
-    let nodes: Vec<_> = (0..count)
+    let mut nodes: Vec<_> = (0..count)
         .map(|index| choose_ports(service, index, ports, &mut claims))
         .collect::<Result<_>>()?;
+    if security.is_some() {
+        let secured = check_secure(service)?;
+        for node in &mut nodes {
+            node.secured = Some(choose_secured_ports(&secured, node, ports, &mut claims)?);
+        }
+    }
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let mut setup = spec.set_up(&Site {
         home,
         folder,
         nodes: &nodes,
+        security: security.as_ref(),
     })?;
     setup.claims = claims;
+    setup.security = security;
     Ok(setup)
+}
+
+/// Fails readably if the service cannot be secured.
+pub(crate) fn check_secure(service: Service) -> Result<Secured> {
+    service.spec().facts().secured.with_context(|| {
+        format!(
+            "{service} cannot be secured here; of these it can: {}",
+            names(|spec| spec.facts().secured.is_some())
+        )
+    })
 }
 
 /// Fails readably if so many nodes cannot run.
@@ -148,11 +211,7 @@ fn choose_ports(
     claims: &mut Vec<Claim>,
 ) -> Result<NodePorts> {
     let facts = service.spec().facts();
-    let mut keep = |claim: Claim| {
-        let port = claim.port;
-        claims.push(claim);
-        port
-    };
+    let mut keep = |claim| keep(claims, claim);
     let client = match ports {
         Ports::From(first) => {
             let port = first + index;
@@ -175,7 +234,36 @@ fn choose_ports(
         client,
         web,
         others,
+        secured: None,
     })
+}
+
+/// As with the console, a taken port is no reason to fail: it is said which one it is.
+fn choose_secured_ports(
+    secured: &Secured,
+    node: &NodePorts,
+    ports: Ports,
+    claims: &mut Vec<Claim>,
+) -> Result<SecuredPorts> {
+    let mut choose = |usual: u16| match usual {
+        0 => Ok(0),
+        _ if node.number == 1 && ports != Ports::Free && ports::is_free(usual) => Ok(usual),
+        _ => ports::claim().map(|claim| keep(claims, claim)),
+    };
+    Ok(SecuredPorts {
+        client: match secured.port {
+            Some(usual) => choose(usual)?,
+            None => node.client,
+        },
+        web: choose(secured.web)?,
+        internal: keep(claims, ports::claim()?),
+    })
+}
+
+fn keep(claims: &mut Vec<Claim>, claim: Claim) -> u16 {
+    let port = claim.port;
+    claims.push(claim);
+    port
 }
 
 /// Fails readably if the port is taken.

@@ -22,7 +22,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// A `LAB_HOME` of its own, with the programs of the machine's, so that nothing is fetched again.
-struct Lab {
+pub struct Lab {
     home: TempDir,
 }
 
@@ -40,17 +40,17 @@ static PROGRAMS: LazyLock<PathBuf> = LazyLock::new(|| {
 });
 
 impl Lab {
-    fn new() -> Lab {
+    pub fn new() -> Lab {
         let home = tempfile::tempdir().unwrap();
         symlink(&*PROGRAMS, home.path().join("programs")).unwrap();
         Lab { home }
     }
 
-    fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         self.home.path()
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lab"));
         command
             .args(arguments)
@@ -81,13 +81,13 @@ impl Lab {
         self.command(arguments).output().unwrap()
     }
 
-    fn ok(&self, arguments: &[&str]) -> String {
+    pub fn ok(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
         assert!(output.status.success(), "{arguments:?}: {}", text(&output));
         String::from_utf8(output.stdout).unwrap()
     }
 
-    fn fails(&self, arguments: &[&str]) -> String {
+    pub fn fails(&self, arguments: &[&str]) -> String {
         failure(self.command(arguments))
     }
 

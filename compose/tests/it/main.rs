@@ -3,4 +3,5 @@
 mod harness;
 mod lab;
 mod repository;
+mod secure;
 mod workspace;

@@ -6,14 +6,16 @@
 mod installation;
 
 use anyhow::Result;
+use serde_json::json;
 
 use self::installation::Installation;
 use super::setup::{fill, write};
-use super::{Facts, Program, Setup, Site, Spec, Web};
+use super::{Facts, Node, NodePorts, Program, Secured, Setup, Site, Spec, Web};
 use crate::fetch::Part;
 use crate::home::Home;
 use crate::ports;
-use crate::probe::Greeting;
+use crate::probe::{Greeting, Page};
+use crate::security::{self, BROKER, Security, User};
 
 pub(super) struct RabbitMq;
 
@@ -42,12 +44,26 @@ impl Spec for RabbitMq {
                     bytes.len() >= 11 && bytes[0] == 1 && bytes[7..11] == [0, 10, 0, 10]
                 },
             },
+            secured: Some(Secured {
+                port: Some(5671),
+                web: 0,
+            }),
         }
     }
 
     /// `%2f` is the default virtual host, "/".
     fn address(&self, hosts: &[String]) -> String {
         format!("amqp://guest:guest@{}/%2f", hosts[0])
+    }
+
+    /// AMQP asks everybody for a name and a password.
+    fn plain_address(&self, hosts: &[String], security: &Security) -> Result<String> {
+        let password = security.password(User::Application)?;
+        Ok(format!(
+            "amqp://{}:{password}@{}/{VHOST}",
+            User::Application,
+            hosts[0]
+        ))
     }
 
     fn program(&self) -> &dyn Program {
@@ -76,6 +92,10 @@ impl Spec for RabbitMq {
             [_] => String::new(),
             _ => format!("cluster_formation.peer_discovery_backend = classic_config\n{members}"),
         };
+        let secured = |node: &NodePorts| match site.security {
+            Some(security) => secured(node, security),
+            None => Ok(String::new()),
+        };
         // What one release has stored, another may not read.
         let data = match program.version.as_str() {
             version if version == self.version() => "data".to_owned(),
@@ -90,6 +110,7 @@ impl Spec for RabbitMq {
                 ("prometheus_port", node.others[1].to_string()),
                 ("stream_port", node.others[2].to_string()),
                 ("cluster", cluster.clone()),
+                ("secured", secured(node)?),
             ];
             let conf = folder.join("rabbitmq.conf");
             write(
@@ -134,9 +155,78 @@ impl Spec for RabbitMq {
         })
     }
 
-    fn health(&self, _host: &str, web: &str) -> Vec<String> {
-        vec![format!("{web}/api/overview")]
+    fn health(&self, _host: &str, web: &str, security: Option<&Security>) -> Result<Vec<Page>> {
+        let url = format!("{web}/api/overview");
+        Ok(vec![match security {
+            Some(security) => {
+                let user = User::Administrator;
+                Page::basic(url, user, &security.password(user)?)
+            }
+            None => Page::basic(url, "guest", "guest"),
+        }])
     }
+
+    /// `AMQP_CERT` and `AMQP_KEY` are the client's certificate, which the broker asks for, and its key.
+    fn secured_env(
+        &self,
+        nodes: &[Node],
+        security: &Security,
+        user: User,
+    ) -> Result<Vec<(String, String)>> {
+        let host = nodes[0].secured.as_deref().unwrap_or_default();
+        let address = format!("amqps://{user}:{}@{host}/{VHOST}", security.password(user)?);
+        let variables = [
+            (self.facts().variable, address),
+            ("AMQP_CA", security.ca().display().to_string()),
+            (
+                "AMQP_CERT",
+                security.certificate(user).display().to_string(),
+            ),
+            ("AMQP_KEY", security.key(user).display().to_string()),
+        ];
+        Ok(variables
+            .map(|(name, value)| (name.to_owned(), value))
+            .to_vec())
+    }
+}
+
+/// The virtual host of a secured broker.
+const VHOST: &str = "lab";
+
+/// What a secured node's configuration has besides.
+fn secured(node: &NodePorts, security: &Security) -> Result<String> {
+    let Some(ports) = &node.secured else {
+        return Ok(String::new());
+    };
+    let mut users = Vec::new();
+    let mut permissions = Vec::new();
+    for user in User::ALL {
+        let (tags, configure): (&[&str], _) = match user {
+            User::Application => (&[], "^$"),
+            User::Administrator => (&["administrator"], ".*"),
+        };
+        let name = user.to_string();
+        users.push(json!({"name": name, "password": security.password(user)?, "tags": tags}));
+        permissions.push(json!({
+            "user": name, "vhost": VHOST, "configure": configure, "write": ".*", "read": ".*",
+        }));
+    }
+    let definitions = json!({
+        "vhosts": [{"name": VHOST}], "users": users, "permissions": permissions,
+    });
+    let path = security.folder_of("rabbitmq")?.join("definitions.json");
+    security::write(&path, &definitions.to_string())?;
+    let values = [
+        ("port", ports.client.to_string()),
+        ("ca", security.ca().display().to_string()),
+        (
+            "certificate",
+            security.certificate(BROKER).display().to_string(),
+        ),
+        ("key", security.key(BROKER).display().to_string()),
+        ("definitions", path.display().to_string()),
+    ];
+    fill(include_str!("../../../rabbitmq/secured.conf"), &values)
 }
 
 impl Program for RabbitMq {
