@@ -230,11 +230,10 @@ impl Api {
         })?;
         let base = std::env::var("RABBITMQ_MANAGEMENT_URL");
         let base = base.unwrap_or_else(|_| "http://localhost:15672".into());
-        let mut url = Url::parse(&base)
-            .with_context(|| format!("RABBITMQ_MANAGEMENT_URL is no URL: {base}"))?;
+        let mut url = Url::parse(&base).context("RABBITMQ_MANAGEMENT_URL is no URL")?;
         // Segments are escaped: the virtual host "/" becomes %2F.
         url.path_segments_mut()
-            .map_err(|()| anyhow!("RABBITMQ_MANAGEMENT_URL is no http:// address: {base}"))?
+            .map_err(|()| anyhow!("RABBITMQ_MANAGEMENT_URL is no http:// address"))?
             .pop_if_empty()
             .extend(["api", "queues", &uri.vhost]);
         Ok(Api {

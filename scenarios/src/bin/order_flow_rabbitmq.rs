@@ -83,8 +83,9 @@ async fn main() -> anyhow::Result<ExitCode> {
             addr,
         };
         let (connection, _channel) = flow.connect().await.with_context(|| {
-            let addr = &flow.addr;
-            format!("cannot connect to RabbitMQ at {addr}; `cargo lab up rabbitmq` starts a broker")
+            // Without the user and the password.
+            let host = flow.addr.rsplit('@').next().unwrap_or_default();
+            format!("cannot connect to RabbitMQ at {host}; `cargo lab up rabbitmq` starts a broker")
         })?;
         connection.close(200, "OK".into()).await?;
         for stage in shop.stages() {
