@@ -1,6 +1,7 @@
 //! A running broker: started, watched, broken on purpose, stopped.
 
 use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -44,13 +45,13 @@ pub(crate) struct Wish {
     pub(crate) secure: bool,
 }
 
-/// A way into a secured broker.
+/// How to connect to a secured broker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct WayIn {
+pub(crate) struct Access {
     /// With which rights.
     pub(crate) title: String,
     /// To be read by a shell.
-    pub(crate) file: PathBuf,
+    pub(crate) file: String,
     /// What is in the file, line by line.
     pub(crate) exports: Vec<String>,
 }
@@ -115,8 +116,8 @@ impl Broker {
         Broker::temporary(service, nodes, false)
     }
 
-    /// As [`Broker::private`], with TLS and authentication. [`Broker::env`] leads to the listener without TLS, where
-    /// everybody has the rights of the application, [`Broker::secured_env`] to the one with TLS.
+    /// As [`Broker::private`], with TLS and authentication. [`Broker::secured_env`] leads to the listener with TLS,
+    /// [`Broker::env`] to the one without, and to the rights of the application.
     ///
     /// # Errors
     /// As [`Broker::private`], and for services that cannot be secured.
@@ -167,7 +168,9 @@ impl Broker {
                 .with_context(|| format!("cannot delete {}", folder.display()))?;
         }
         let ports = Ports::from_env(service)?;
-        let security = secure.then(|| Security::at(home.secure())).transpose()?;
+        let security = secure
+            .then(|| Security::at(home.secure(service)))
+            .transpose()?;
         let setup = services::prepare(service, home, &folder, nodes, ports, security)?;
         Broker::launch(service, Backend::Native, setup, folder, &home.logs(), None)
     }
@@ -243,13 +246,16 @@ impl Broker {
             }
         }
         for (mut program, log) in programs {
-            let status = program.wait()?;
-            if !status.success() {
+            if !program
+                .wait_for(GRANT_LIMIT)?
+                .is_some_and(|status| status.success())
+            {
                 bail!(
-                    "the users of {} cannot be given their rights ({status}). The last lines of {}:\n{}",
-                    self.service,
+                    "the users of {service} cannot be given their rights. If their passwords are newer than the storage, \
+                     `cargo lab up {service} --secure --fresh` begins with both. The last lines of {}:\n{}",
                     log.display(),
-                    tail(&log, 15)
+                    tail(&log, 15),
+                    service = self.service,
                 );
             }
             let _ = fs::remove_file(log);
@@ -339,7 +345,7 @@ impl Broker {
         self.env.clone()
     }
 
-    /// What to set to come in with TLS as this user; the CA's certificate is among it. `docs/brokers.md` has the names.
+    /// What to set to connect with TLS as this user; the CA's certificate is among it. `docs/brokers.md` has the names.
     ///
     /// # Errors
     /// The broker is not secured, or a file with a secret cannot be read.
@@ -350,33 +356,32 @@ impl Broker {
         spec.secured_env(&self.setup.nodes, security, user)
     }
 
-    /// What a user is told of a secured broker: a file for each way in, with what to set in a shell. A secret is not in
+    /// What a user is told of a secured broker: how to connect to it, with a file of what to set in a shell. A secret is not in
     /// it, but the file that holds the secret.
-    pub(crate) fn ways_in(&self) -> Result<Vec<WayIn>> {
+    pub(crate) fn access(&self) -> Result<Vec<Access>> {
         let Some(security) = &self.setup.security else {
             return Ok(Vec::new());
         };
-        let folder = security.folder_of(self.service.name())?;
-        let way = |title: String, name: &str, env: Vec<(String, String)>| -> Result<WayIn> {
+        let access = |title: String, name: &str, env: Vec<(String, String)>| -> Result<Access> {
             let mut exports = Vec::new();
             for (name, value) in env {
                 exports.push(format!("export {name}=\"{}\"", security.for_shell(&value)?));
             }
-            let file = folder.join(format!("{name}.env"));
+            let file = security.path(&format!("{name}.env"));
             security::write(&file, &(exports.join("\n") + "\n"))?;
-            Ok(WayIn {
+            Ok(Access {
                 title,
                 file,
                 exports,
             })
         };
         let plain = "without TLS, with the rights of the application".to_owned();
-        let mut ways = vec![way(plain, "plain", self.env())?];
+        let mut all = vec![access(plain, "plain", self.env())?];
         for user in User::ALL {
             let title = format!("with TLS, as the {user}");
-            ways.push(way(title, &user.to_string(), self.secured_env(user)?)?);
+            all.push(access(title, &user.to_string(), self.secured_env(user)?)?);
         }
-        Ok(ways)
+        Ok(all)
     }
 
     /// The numbers of the nodes, from 1.
@@ -662,6 +667,8 @@ fn log_streams(path: &Path, fresh: bool) -> Result<(Stdio, Stdio)> {
         OpenOptions::new()
             .create(true)
             .append(true)
+            // Who logs in, and with what right, is nobody else's business.
+            .mode(0o600)
             .open(path)
             .with_context(|| format!("cannot write {}", path.display()))
     };

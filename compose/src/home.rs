@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::Service;
+
 /// A per-user folder. Nothing is ever installed outside it.
 ///
 /// It is `LAB_HOME` if that is set, else `messaging-lab` in the platform's cache folder.
@@ -82,9 +84,9 @@ impl Home {
         self.folder("logs")
     }
 
-    /// Certificates, keys and passwords of secured brokers.
-    pub(crate) fn secure(&self) -> PathBuf {
-        self.root.join("secure")
+    /// Certificates, keys and passwords of a secured broker.
+    pub(crate) fn secure(&self, service: Service) -> PathBuf {
+        self.root.join("secure").join(service.name())
     }
 
     fn folder(&self, name: &str) -> PathBuf {

@@ -3,23 +3,23 @@
 //! It is made on first use. All of it can be read by its owner alone.
 
 use std::fmt;
-use std::fs::{self, DirBuilder, OpenOptions};
+use std::fs::{self, OpenOptions, Permissions};
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose,
 };
 use time::OffsetDateTime;
 
-/// Who comes in by a secured listener.
+/// Who connects to a secured listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum User {
-    /// A service that sends and receives. It has the rights that this takes, and no more: it can create nothing.
+    /// A service that sends and receives. It has the rights that this takes, and no more.
     Application,
     /// May do everything.
     Administrator,
@@ -48,47 +48,61 @@ const USED: Duration = Duration::from_secs(400 * 24 * 3600);
 /// The name that the brokers' own certificate bears. They show it to each other too.
 pub(crate) const BROKER: &str = "broker";
 
-/// A folder with certificates, keys and passwords.
+/// A folder with the certificates, keys and passwords of one service.
 #[derive(Clone, Debug)]
 pub(crate) struct Security {
     folder: PathBuf,
 }
 
 impl Security {
-    /// The one in this folder. What is not there yet is made.
+    /// The one in this folder. What is not there yet is made, and certificates that will soon expire are renewed: to be
+    /// called by the process that is about to start the service, and by no other meanwhile.
+    ///
+    /// # Errors
+    /// The folder cannot be written, or its path is not one that all configurations understand as it is.
     pub(crate) fn at(folder: PathBuf) -> Result<Security> {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+@".contains(c);
+        ensure!(
+            folder
+                .to_str()
+                .is_some_and(|path| path.chars().all(is_plain)),
+            "a secured broker cannot have its certificates in '{}', which has other signs than letters, digits and \
+             /._-+@ in it: set LAB_HOME to another folder",
+            folder.display()
+        );
         let security = Security { folder };
-        create_folder(&security.folder)?;
+        create_private_folder(&security.folder)?;
         for user in User::ALL {
-            let path = security.path(&format!("{user}.password"));
-            make_once(&path, |new| write(new, &random_word()?))?;
+            make_once(security.path(&format!("{user}.password")), |new| {
+                write(new, &random_word()?)
+            })?;
         }
-        let certificates = security.path("certificates");
-        let age = certificates
-            .metadata()
-            .and_then(|folder| folder.modified())
-            .ok()
-            .and_then(|made| made.elapsed().ok());
+        let certificates = PathBuf::from(security.path("certificates"));
+        let made = certificates.metadata().and_then(|folder| folder.modified());
+        let age = made.ok().and_then(|made| made.elapsed().ok());
         if age.is_some_and(|age| age > USED) {
-            // Where that fails they stay, and are valid for as long again.
-            let _ = fs::remove_dir_all(&certificates);
+            // In one piece: what is there must be whole.
+            let old = tempfile::tempdir_in(&security.folder)
+                .with_context(|| format!("cannot write to {}", security.folder.display()))?;
+            fs::rename(&certificates, old.path().join("certificates"))
+                .with_context(|| format!("cannot move {}", certificates.display()))?;
         }
         make_once(&certificates, make_certificates)?;
         Ok(security)
     }
 
-    /// The certificate of the authority that has signed all others.
-    pub(crate) fn ca(&self) -> PathBuf {
+    /// The path of the certificate of the authority that has signed all others.
+    pub(crate) fn ca(&self) -> String {
         self.path("certificates/ca.pem")
     }
 
-    /// The certificate that bears this name, that of a user or [`BROKER`].
-    pub(crate) fn certificate(&self, name: impl fmt::Display) -> PathBuf {
+    /// The path of the certificate that bears this name, that of a user or [`BROKER`].
+    pub(crate) fn certificate(&self, name: impl fmt::Display) -> String {
         self.path(&format!("certificates/{name}.pem"))
     }
 
-    /// The private key of that certificate, in PKCS#8.
-    pub(crate) fn key(&self, name: impl fmt::Display) -> PathBuf {
+    /// The path of the private key of that certificate, in PKCS#8.
+    pub(crate) fn key(&self, name: impl fmt::Display) -> String {
         self.path(&format!("certificates/{name}.key"))
     }
 
@@ -96,21 +110,16 @@ impl Security {
         self.secret(&format!("{user}.password"))
     }
 
-    /// A secret of a single line.
+    /// What is in one of the files.
     pub(crate) fn secret(&self, file: &str) -> Result<String> {
         let path = self.path(file);
-        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+        fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
     }
 
-    pub(crate) fn path(&self, file: &str) -> PathBuf {
-        self.folder.join(file)
-    }
-
-    /// A folder for what one service needs besides.
-    pub(crate) fn folder_of(&self, service: &str) -> Result<PathBuf> {
-        let folder = self.path(service);
-        create_folder(&folder)?;
-        Ok(folder)
+    /// The path of a file, whether it is there or not. It has no sign in it that a configuration or a shell would take
+    /// for something else.
+    pub(crate) fn path(&self, file: &str) -> String {
+        format!("{}/{file}", self.folder.display())
     }
 
     /// As a shell is told it: a secret is read from its file, so that it is neither shown nor kept in a history.
@@ -136,23 +145,27 @@ impl Security {
 /// The endings of files that hold one secret and nothing else.
 const SECRETS: [&str; 3] = ["password", "token", "seed"];
 
-/// The password of a URL is for programs, not for a screen or a log. That of RabbitMQ's `guest` is known to everybody.
+/// The password or token of an address is for programs, not for a screen or a log. That of RabbitMQ's `guest` is known to
+/// everybody.
 pub(crate) fn without_password(addresses: &str) -> String {
     let mut parts = addresses.split("://");
     let mut text = parts.next().unwrap_or_default().to_owned();
     for part in parts {
-        let hidden = part.rsplit_once('@').and_then(|(login, host)| {
-            let (user, _) = login.split_once(':').filter(|(user, _)| *user != "guest")?;
-            Some(format!("{user}:…@{host}"))
-        });
         text.push_str("://");
-        text.push_str(&hidden.unwrap_or_else(|| part.to_owned()));
+        match part.rsplit_once('@') {
+            Some((login, host)) if login != "guest:guest" => {
+                let (user, _) = login.split_once(':').unwrap_or_default();
+                text.push_str(&format!("{user}:…@{host}"));
+            }
+            _ => text.push_str(part),
+        }
     }
     text
 }
 
 /// Writes a file that only its owner can read.
-pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
+pub(crate) fn write(path: impl AsRef<Path>, text: &str) -> Result<()> {
+    let path = path.as_ref();
     // A file that is there keeps its mode.
     let _ = fs::remove_file(path);
     OpenOptions::new()
@@ -164,17 +177,19 @@ pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-fn create_folder(path: &Path) -> Result<()> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
+/// Makes a folder that only its owner can look into, or makes one such.
+pub(crate) fn create_private_folder(path: &Path) -> Result<()> {
+    fs::create_dir_all(path)
+        .and_then(|()| fs::set_permissions(path, Permissions::from_mode(0o700)))
         .with_context(|| format!("cannot create {}", path.display()))
 }
 
-/// Makes it beside its place and moves it there when it is whole. Of two processes that do so at the same time, the
-/// second takes what the first has made.
-pub(crate) fn make_once(path: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+/// Makes it beside its place and moves it there when it is whole.
+pub(crate) fn make_once(
+    path: impl AsRef<Path>,
+    make: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
+    let path = path.as_ref();
     if path.exists() {
         return Ok(());
     }
@@ -184,15 +199,7 @@ pub(crate) fn make_once(path: &Path, make: impl FnOnce(&Path) -> Result<()>) -> 
         .with_context(|| format!("cannot write to {}", folder.display()))?;
     let new = beside.path().join(name);
     make(&new)?;
-    // A file is not put in the place of another, so that all use the same one.
-    let placed = match new.is_dir() {
-        true => fs::rename(&new, path),
-        false => fs::hard_link(&new, path),
-    };
-    match placed {
-        Err(_) if path.exists() => Ok(()),
-        result => result.with_context(|| format!("cannot make {}", path.display())),
-    }
+    fs::rename(&new, path).with_context(|| format!("cannot make {}", path.display()))
 }
 
 /// Letters and digits that nobody can guess.
@@ -204,12 +211,12 @@ pub(crate) fn random_word() -> Result<String> {
 
 /// The authority's own key is not kept: it has signed all that it will ever sign.
 fn make_certificates(folder: &Path) -> Result<()> {
-    create_folder(folder)?;
+    create_private_folder(folder)?;
     let mut authority = named("messaging-lab")?;
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     authority.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let key = KeyPair::generate()?;
-    write(&folder.join("ca.pem"), &authority.self_signed(&key)?.pem())?;
+    write(folder.join("ca.pem"), &authority.self_signed(&key)?.pem())?;
     let authority = Issuer::new(authority, key);
 
     let users = User::ALL.map(|user| user.to_string());
@@ -225,8 +232,8 @@ fn make_certificates(folder: &Path) -> Result<()> {
         }
         let key = KeyPair::generate()?;
         let certificate = params.signed_by(&key, &authority)?;
-        write(&folder.join(format!("{name}.pem")), &certificate.pem())?;
-        write(&folder.join(format!("{name}.key")), &key.serialize_pem())?;
+        write(folder.join(format!("{name}.pem")), &certificate.pem())?;
+        write(folder.join(format!("{name}.key")), &key.serialize_pem())?;
     }
     Ok(())
 }
@@ -245,8 +252,6 @@ fn named(name: &str) -> Result<CertificateParams> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
     use crate::files::all_in;
 
@@ -274,28 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn processes_that_start_together_use_the_same() {
-        let folder = tempfile::tempdir().unwrap();
-        let at = || {
-            let security = Security::at(folder.path().join("secure")).unwrap();
-            (
-                security.password(User::Application).unwrap(),
-                fs::read(security.ca()).unwrap(),
-                fs::read(security.key(BROKER)).unwrap(),
-            )
-        };
-        let all: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..4).map(|_| scope.spawn(at)).collect();
-            threads
-                .into_iter()
-                .map(|thread| thread.join().unwrap())
-                .collect()
-        });
-        assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
-    }
-
-    #[test]
-    fn certificates_are_made_anew_before_they_expire_and_passwords_stay() {
+    fn certificates_are_renewed_before_they_expire_and_passwords_stay() {
         let folder = tempfile::tempdir().unwrap();
         let at = || {
             let security = Security::at(folder.path().to_owned()).unwrap();
@@ -318,8 +302,15 @@ mod tests {
         let password = security.password(User::Application).unwrap();
         let shown = security.for_shell(&format!("amqps://application:{password}@localhost"));
         let file = security.path("application.password");
-        let expected = format!("amqps://application:$(cat '{}')@localhost", file.display());
+        let expected = format!("amqps://application:$(cat '{file}')@localhost");
         assert_eq!(shown.unwrap(), expected);
+    }
+
+    #[test]
+    fn a_path_that_a_configuration_would_misread_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = Security::at(folder.path().join("my folder")).unwrap_err();
+        assert!(error.to_string().contains("set LAB_HOME"), "{error}");
     }
 
     #[test]
@@ -333,6 +324,8 @@ mod tests {
                 "nats://a:p,w@one:4222,nats://b:p@w@two:4222",
                 "nats://a:…@one:4222,nats://b:…@two:4222",
             ),
+            ("nats://token@one:4222", "nats://:…@one:4222"),
+            ("amqp://guest:mine@one", "amqp://guest:…@one"),
         ] {
             assert_eq!(without_password(address), shown);
         }

@@ -1,11 +1,13 @@
 //! Private brokers: each starts, can be broken and comes back; several live side by side; none stays behind.
 
 use std::fs;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::Broker;
-use crate::Service;
 use crate::probe::{self, Found};
+use crate::security::BROKER;
+use crate::{Service, User};
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -133,6 +135,56 @@ fn nats_nodes_form_a_cluster() {
         probe::http_get(&page, PATIENCE).is_some_and(|(status, _)| status == 200)
     });
     cluster.restart(2).unwrap();
+}
+
+#[test]
+fn secured_nodes_of_kafka_form_a_cluster() {
+    // They find each other by the broker's certificate, or they do not serve and give no rights.
+    let cluster = Broker::temporary(Service::Kafka, 3, true).unwrap();
+    cluster.kill(2).unwrap();
+    cluster.restart(2).unwrap();
+}
+
+/// A server that joins the cluster may do everything, whoever it is.
+#[test]
+fn secured_nodes_of_nats_form_a_cluster_that_no_user_can_join() {
+    let cluster = Broker::temporary(Service::Nats, 3, true).unwrap();
+    let setup = &cluster.setup;
+    let security = setup.security.as_ref().unwrap();
+    let conf = fs::read_to_string(cluster.folder().join("node-1/server.conf")).unwrap();
+    // As the first node, but for the name, the ports, the storage and the certificate.
+    let routes = conf.find("cluster {").unwrap();
+    let mut other = conf[routes..].replace(
+        &security.certificate(BROKER),
+        &security.certificate(User::Application),
+    );
+    other = other.replace(&security.key(BROKER), &security.key(User::Application));
+    let listen = other.find("listen:").unwrap();
+    let end = other[listen..].find('\n').unwrap() + listen;
+    other.replace_range(listen..end, "listen: \"127.0.0.1:-1\"");
+    let other = &other[..other.find("\n}").unwrap() + 2];
+    let file = cluster.folder().join("other.conf");
+    fs::write(
+        &file,
+        format!("server_name: other\nlisten: \"127.0.0.1:-1\"\n{other}\n"),
+    )
+    .unwrap();
+    let mut other = Command::new(setup.nodes[0].run.get_program());
+    let mut other = other
+        .arg("-c")
+        .arg(&file)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    eventually("the cluster refuses it", || {
+        let log = fs::read_to_string(cluster.log(1).unwrap()).unwrap();
+        log.contains("Router connection closed: Authentication Failure")
+    });
+    other.kill().unwrap();
+    other.wait().unwrap();
+    let page = format!("{}/routez", cluster.web()[0]);
+    let (_, body) = probe::http_get(&page, PATIENCE).unwrap();
+    assert!(!body.contains("\"other\""), "{body}");
 }
 
 #[test]

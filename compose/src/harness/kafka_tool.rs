@@ -1,5 +1,6 @@
-//! Kafka's own command-line tools: a second opinion on a secured broker, and the administrator's hands in a test.
+//! Kafka's own command-line tools: a second opinion on a secured broker, and how a test acts as its administrator.
 
+use std::collections::HashMap;
 use std::process::Command;
 
 use anyhow::Result;
@@ -8,11 +9,11 @@ use crate::home::Home;
 use crate::{Broker, services};
 
 /// One of Kafka's own tools, by the name of its class, such as `org.apache.kafka.tools.TopicCommand`, ready for its
-/// further arguments. It comes in with TLS by what these variables say: those of [`Broker::secured_env`], or a test's own.
+/// further arguments. It connects with TLS as these variables say: those of [`Broker::secured_env`], or a test's own.
 ///
 /// # Errors
 /// Kafka cannot be fetched, or the broker's folder cannot be written.
-pub fn kafka_tool(broker: &Broker, class: &str, env: &[(String, String)]) -> Result<Command> {
+pub fn kafka_tool(broker: &Broker, class: &str, env: &HashMap<String, String>) -> Result<Command> {
     // Tools that run at the same time do not share a folder.
     let folder = broker
         .folder()

@@ -31,6 +31,7 @@ mod pool;
 pub mod transcript;
 mod transcripts;
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -43,6 +44,20 @@ pub use kafka_record::produce_kafka_record;
 pub use kafka_tool::kafka_tool;
 pub use pool::Pool;
 pub use transcripts::{private_brokers, transcripts};
+
+/// The same variables but for one, which has another value, or is missing.
+pub fn but(
+    env: &HashMap<String, String>,
+    name: &str,
+    value: Option<&str>,
+) -> HashMap<String, String> {
+    let mut env = env.clone();
+    match value {
+        Some(value) => env.insert(name.to_owned(), value.to_owned()),
+        None => env.remove(name),
+    };
+    env
+}
 
 /// A limit for what a test waits for and nothing depends on: it only bounds how long a failure takes.
 ///

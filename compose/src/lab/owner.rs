@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use super::running::{Desk, Entry, EntryNode, Lease, Order, Run, Verb};
 use super::{interrupt, origin};
 use crate::Service;
-use crate::broker::{Backend, Broker, WayIn, Wish};
+use crate::broker::{Access, Backend, Broker, Wish};
 use crate::home::Home;
 use crate::process::Supervised;
 use crate::terminal::say;
@@ -32,8 +32,8 @@ pub(super) struct Owner {
 struct Held {
     broker: Broker,
     lease: Lease,
-    /// As in [`Entry::ways_in`].
-    ways_in: Vec<WayIn>,
+    /// As in [`Entry::access`].
+    access: Vec<Access>,
     paused: Vec<u16>,
     /// What was published last.
     entry: Option<Entry>,
@@ -85,12 +85,12 @@ impl Owner {
     ) -> Result<()> {
         say!("starting {service}…");
         let broker = origin::start(&self.home, service, backend, wish)?;
-        let ways_in = broker.ways_in()?;
+        let access = broker.access()?;
         interrupt::remove_at_end(lease.file().to_owned());
         let mut held = Held {
             broker,
             lease,
-            ways_in,
+            access,
             paused: Vec::new(),
             entry: None,
         };
@@ -305,7 +305,7 @@ impl Owner {
             version: broker.version().map(str::to_owned),
             env: broker.env(),
             web: broker.web(),
-            ways_in: held.ways_in.clone(),
+            access: held.access.clone(),
             nodes,
             folder: broker.folder().to_owned(),
             socket: self.socket.clone(),

@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::Service;
-use crate::broker::WayIn;
+use crate::broker::Access;
 use crate::home::Home;
 use crate::security::{self, without_password};
 
@@ -36,9 +36,9 @@ pub(super) struct Entry {
     pub(super) env: Vec<(String, String)>,
     /// The web consoles.
     pub(super) web: Vec<String>,
-    /// If it is secured: the ways into it.
+    /// If it is secured: how to connect.
     #[serde(default)]
-    pub(super) ways_in: Vec<WayIn>,
+    pub(super) access: Vec<Access>,
     /// Its nodes.
     pub(super) nodes: Vec<EntryNode>,
     /// Where it stores.
@@ -53,7 +53,7 @@ impl Entry {
         self.env.first().map_or("", |(_, address)| address)
     }
 
-    /// The address, the consoles and the version; if it is secured, the ways into it in further lines.
+    /// The address, the consoles and the version; if it is secured, how to connect in further lines.
     pub(super) fn describe(&self) -> String {
         let mut text = without_password(self.address());
         for web in &self.web {
@@ -65,9 +65,9 @@ impl Entry {
         if self.backend != "native" {
             text += &format!("   ({})", self.backend);
         }
-        for way in &self.ways_in {
-            text += &format!("\n  {}: . '{}'", way.title, way.file.display());
-            for export in &way.exports {
+        for access in &self.access {
+            text += &format!("\n  {}: . '{}'", access.title, access.file);
+            for export in &access.exports {
                 text += &format!("\n    {export}");
             }
         }

@@ -31,9 +31,9 @@ pub(super) fn status() -> Result<()> {
                 let value = without_password(value);
                 writeln!(text, "            {name}={value}")?;
             }
-            for way in &entry.ways_in {
-                let file = way.file.display();
-                writeln!(text, "            {}: . '{file}'", way.title)?;
+            for access in &entry.access {
+                let file = &access.file;
+                writeln!(text, "            {}: . '{file}'", access.title)?;
             }
             for node in &entry.nodes {
                 let pid = node

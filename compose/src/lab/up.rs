@@ -71,7 +71,7 @@ fn say_runs_already(service: Service, found: &Origin, wish: Wish) -> Result<()> 
         Origin::Lab(entry) => Some(entry),
         _ => None,
     };
-    let is_secured = entry.is_some_and(|entry| !entry.ways_in.is_empty());
+    let is_secured = entry.is_some_and(|entry| !entry.access.is_empty());
     if wish.nodes > 1 || wish.fresh || (wish.secure && !is_secured) {
         bail!(
             "{service} runs already; --nodes, --fresh and --secure need a start: \

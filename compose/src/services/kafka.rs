@@ -1,21 +1,23 @@
 //! Apache Kafka: jars by Maven, and one JVM per node, which is broker and controller.
 
+#[cfg(feature = "harness")]
+use std::collections::HashMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 #[cfg(feature = "harness")]
 use std::process::Command;
 
 use anyhow::{Context, Result};
 
 use super::jvm::Jvm;
-use super::setup::{fill, write};
+use super::setup::{fill, variables, write};
 use super::{Facts, Grant, Mock, Node, NodePorts, Program, Secured, Setup, Site, Spec};
 use crate::fetch::maven::Jars;
 #[cfg(feature = "harness")]
 use crate::home::Home;
 use crate::ports;
 use crate::probe::Greeting;
-use crate::security::{self, BROKER, Security, User};
+use crate::security::{self, Security, User};
 
 pub(super) struct Kafka;
 
@@ -41,7 +43,7 @@ impl Spec for Kafka {
             // Not 9093: without TLS, that is the second node's.
             secured: Some(Secured {
                 port: Some(9193),
-                web: 0,
+                web: None,
             }),
         }
     }
@@ -88,7 +90,7 @@ impl Spec for Kafka {
                 .args(["-t", &cluster, "-c"])
                 .arg(&properties);
             if let Some(security) = site.security {
-                format.arg(format!("@{}", passwords(security)?.display()));
+                format.arg(format!("@{}", passwords(security)?));
             }
             let mut run = jvm.command(&folder, &["*"], &["-Xmx512m"])?;
             run.args(jvm.archive_option(node));
@@ -115,8 +117,8 @@ impl Spec for Kafka {
         security: &Security,
         user: User,
     ) -> Result<Vec<(String, String)>> {
-        let ca = security.ca().display().to_string();
-        let variables = [
+        let ca = security.ca();
+        let env = [
             (VARIABLE, secured_hosts(nodes)),
             ("KAFKA_SECURITY_PROTOCOL", "SASL_SSL".to_owned()),
             ("KAFKA_SASL_MECHANISM", MECHANISM.to_owned()),
@@ -124,9 +126,7 @@ impl Spec for Kafka {
             ("KAFKA_SASL_PASSWORD", security.password(user)?),
             ("KAFKA_SSL_CA_LOCATION", ca),
         ];
-        Ok(variables
-            .map(|(name, value)| (name.to_owned(), value))
-            .to_vec())
+        Ok(variables(env))
     }
 
     fn mock(&self) -> Option<Mock> {
@@ -151,28 +151,24 @@ fn secured(node: &NodePorts, security: Option<&Security>) -> Result<String> {
         return Ok(String::new());
     };
     // Kafka takes key and certificate from one file.
-    let store = security.folder_of("kafka")?.join("broker.pem");
-    let read = |path: PathBuf| {
-        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
-    };
-    security::write(
-        &store,
-        &(read(security.key(BROKER))? + &read(security.certificate(BROKER))?),
-    )?;
+    let store = security.path("broker.pem");
+    let pem = security.secret("certificates/broker.key")?
+        + &security.secret("certificates/broker.pem")?;
+    security::write(&store, &pem)?;
     let values = [
         ("port", node.client.to_string()),
         ("secured_port", ports.client.to_string()),
         ("internal_port", ports.internal.to_string()),
         ("controller_port", node.others[0].to_string()),
-        ("store", store.display().to_string()),
-        ("ca", security.ca().display().to_string()),
+        ("store", store),
+        ("ca", security.ca()),
     ];
     fill(include_str!("../../kafka/secured.properties"), &values)
 }
 
 /// The arguments of the storage tool that tell it the users, in a file: everybody can read the list of processes.
-fn passwords(security: &Security) -> Result<PathBuf> {
-    let path = security.folder_of("kafka")?.join("users.args");
+fn passwords(security: &Security) -> Result<String> {
+    let path = security.path("users.args");
     let mut lines = String::new();
     for user in User::ALL {
         let password = security.password(user)?;
@@ -184,13 +180,12 @@ fn passwords(security: &Security) -> Result<PathBuf> {
 
 /// What allows the application, and whoever comes without TLS, to read and to write, and to create nothing.
 fn grants(jvm: &Jvm, site: &Site, nodes: &[Node], security: &Security) -> Result<Vec<Grant>> {
-    let folder = security.folder_of("kafka")?;
     // For Kafka's own tools, after --command-config.
-    let config = |user: User| folder.join(format!("{user}.properties"));
-    let ca = security.ca().display().to_string();
+    let config = |user: User| security.path(&format!("{user}.properties"));
+    let ca = security.ca();
     for user in User::ALL {
         let properties = client_properties(&user.to_string(), &security.password(user)?, &ca)?;
-        security::write(&config(user), &properties)?;
+        security::write(config(user), &properties)?;
     }
     let mut grants = Vec::new();
     let resources: [(&str, &[&str]); 2] = [
@@ -228,20 +223,17 @@ fn secured_hosts(nodes: &[Node]) -> String {
     hosts.join(",")
 }
 
-/// One of Kafka's own tools, by the name of its class, which comes in by what these variables say, those of
+/// One of Kafka's own tools, by the name of its class, which connects as these variables say, those of
 /// [`Spec::secured_env`]. The folder is for its configuration.
 #[cfg(feature = "harness")]
 pub(crate) fn tool(
     home: &Home,
     folder: &Path,
     class: &str,
-    env: &[(String, String)],
+    env: &HashMap<String, String>,
 ) -> Result<Command> {
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    let value = |name| {
-        let found = env.iter().find(|(variable, _)| variable == name);
-        found.map_or("", |(_, value)| value)
-    };
+    let value = |name| env.get(name).map_or("", String::as_str);
     let properties = client_properties(
         value("KAFKA_SASL_USERNAME"),
         value("KAFKA_SASL_PASSWORD"),

@@ -94,7 +94,7 @@ pub(crate) trait Spec: Sync {
         Ok(Vec::new())
     }
 
-    /// What brings a client to the listeners with TLS, as this user. The names are the service's own where it has some.
+    /// What connects a client to the listeners with TLS, as this user. The names are the service's own where it has some.
     fn secured_env(
         &self,
         _nodes: &[Node],
@@ -156,8 +156,8 @@ pub(crate) struct Facts {
 pub(crate) struct Secured {
     /// The one that people expect; `None` if the port without TLS serves both.
     pub(crate) port: Option<u16>,
-    /// The one that people expect for the web console; 0 if there is none with TLS.
-    pub(crate) web: u16,
+    /// The one that people expect for the web console, if there is one with TLS.
+    pub(crate) web: Option<u16>,
 }
 
 /// The programs that a service takes.

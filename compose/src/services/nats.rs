@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Result, anyhow, bail};
 use nkeys::KeyPair;
 
-use super::setup::fill;
+use super::setup::{fill, variables};
 use super::{Facts, Node, Program, Secured, Setup, Site, Spec, Web};
 use crate::fetch::apt::{self, Packages};
 use crate::fetch::{self, Part, Source, go};
@@ -64,7 +64,10 @@ impl Spec for Nats {
                 ask: b"",
                 answer: |bytes| bytes.starts_with(b"INFO {"),
             },
-            secured: Some(Secured { port: None, web: 0 }),
+            secured: Some(Secured {
+                port: None,
+                web: None,
+            }),
         }
     }
 
@@ -138,15 +141,13 @@ impl Spec for Nats {
             .iter()
             .filter_map(|node| Some(format!("tls://{}", node.secured.as_ref()?)))
             .collect();
-        let variables = [
+        let env = [
             (self.facts().variable, urls.join(",")),
             ("NATS_USER", user.to_string()),
             ("NATS_PASSWORD", security.password(user)?),
-            ("NATS_CA", security.ca().display().to_string()),
+            ("NATS_CA", security.ca()),
         ];
-        Ok(variables
-            .map(|(name, value)| (name.to_owned(), value))
-            .to_vec())
+        Ok(variables(env))
     }
 }
 
@@ -205,29 +206,23 @@ fn secured(security: &Security) -> Result<(String, String)> {
         security::write(new, &seed.map_err(|error| anyhow!("no nkey: {error}"))?)
     })?;
     let nkey = KeyPair::from_seed(&security.secret("application.seed")?)
-        .map_err(|error| anyhow!("{} holds no nkey: {error}", seed.display()))?;
+        .map_err(|error| anyhow!("{seed} holds no nkey: {error}"))?;
     let subjects: Vec<_> = SUBJECTS
         .iter()
         .map(|subject| format!("\"{subject}.>\""))
         .collect();
     let values = [
-        (
-            "certificate",
-            security.certificate(BROKER).display().to_string(),
-        ),
-        ("key", security.key(BROKER).display().to_string()),
+        ("certificate", security.certificate(BROKER)),
+        ("key", security.key(BROKER)),
         ("administrator", security.password(User::Administrator)?),
         ("application", security.password(User::Application)?),
         ("nkey", nkey.public_key()),
         ("subjects", subjects.join(", ")),
     ];
     let routes = [
-        (
-            "certificate",
-            security.certificate(BROKER).display().to_string(),
-        ),
-        ("key", security.key(BROKER).display().to_string()),
-        ("ca", security.ca().display().to_string()),
+        ("certificate", security.certificate(BROKER)),
+        ("key", security.key(BROKER)),
+        ("ca", security.ca()),
     ];
     Ok((
         fill(include_str!("../../nats/secured.conf"), &values)?,

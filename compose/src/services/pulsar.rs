@@ -42,7 +42,7 @@ impl Spec for Pulsar {
             },
             secured: Some(Secured {
                 port: Some(6651),
-                web: 8443,
+                web: Some(8443),
             }),
         }
     }
@@ -105,7 +105,7 @@ impl Spec for Pulsar {
                 "PULSAR_TOKEN".to_owned(),
                 security.secret(&token_file(user))?,
             ),
-            ("PULSAR_CA".to_owned(), security.ca().display().to_string()),
+            ("PULSAR_CA".to_owned(), security.ca()),
         ];
         for (node, ending) in nodes.iter().zip(endings()) {
             let address = node.secured.as_deref().unwrap_or_default();
@@ -154,33 +154,24 @@ fn secured(jvm: &Jvm, folder: &Path, node: &NodePorts, security: &Security) -> R
     let key = security.path("pulsar.key");
     make_once(&key, |new| security::write(new, &security::random_word()?))?;
     for user in User::ALL {
-        make_once(&security.path(&token_file(user)), |new| {
+        make_once(security.path(&token_file(user)), |new| {
             security::write(new, &token(jvm, folder, &key, user)?)
         })?;
     }
     let values = [
         ("port", ports.client.to_string()),
         ("web_port", ports.web.to_string()),
-        (
-            "certificate",
-            security.certificate(BROKER).display().to_string(),
-        ),
-        ("key", security.key(BROKER).display().to_string()),
-        ("ca", security.ca().display().to_string()),
-        ("secret_key", key.display().to_string()),
-        (
-            "token",
-            security
-                .path(&token_file(User::Administrator))
-                .display()
-                .to_string(),
-        ),
+        ("certificate", security.certificate(BROKER)),
+        ("key", security.key(BROKER)),
+        ("ca", security.ca()),
+        ("secret_key", key.clone()),
+        ("token", security.path(&token_file(User::Administrator))),
     ];
     fill(include_str!("../../pulsar/secured.conf"), &values)
 }
 
 /// Made by Pulsar's own tool, which is told the key by its file.
-fn token(jvm: &Jvm, folder: &Path, key: &Path, user: User) -> Result<String> {
+fn token(jvm: &Jvm, folder: &Path, key: &str, user: User) -> Result<String> {
     let mut command = jvm.command(folder, &["*"], &["-Xmx128m"])?;
     command
         .args([
@@ -188,7 +179,7 @@ fn token(jvm: &Jvm, folder: &Path, key: &Path, user: User) -> Result<String> {
             "create",
         ])
         .arg("--secret-key")
-        .arg(format!("file://{}", key.display()))
+        .arg(format!("file://{key}"))
         .args(["--subject", &user.to_string()]);
     let output = command.output().context("cannot run Java")?;
     let said = String::from_utf8_lossy(&output.stdout);

@@ -11,7 +11,7 @@ use crate::Service;
 use crate::home::Home;
 use crate::ports::{self, Claim, Ports};
 use crate::probe::Page;
-use crate::security::Security;
+use crate::security::{self, Security};
 
 /// One node of a service, ready to be started, and started again after a kill.
 #[derive(Debug)]
@@ -162,11 +162,33 @@ pub(crate) fn prepare(
         .collect::<Result<_>>()?;
     if security.is_some() {
         let secured = check_secure(service)?;
+        let taken: Vec<u16> = nodes
+            .iter()
+            .flat_map(|node| [node.client, node.web])
+            .collect();
+        let usual = |node: &NodePorts, port: u16| {
+            let is_free = !taken.contains(&port) && ports::is_free(port);
+            node.number == 1 && ports != Ports::Free && is_free
+        };
         for node in &mut nodes {
-            node.secured = Some(choose_secured_ports(&secured, node, ports, &mut claims)?);
+            // As with the console, a taken port is no reason to fail: it is said which one it is.
+            let mut choose = |port| match usual(node, port) {
+                true => Ok(port),
+                false => ports::claim().map(|claim| keep(&mut claims, claim)),
+            };
+            node.secured = Some(SecuredPorts {
+                client: secured.port.map_or(Ok(node.client), &mut choose)?,
+                web: secured.web.map_or(Ok(0), &mut choose)?,
+                internal: keep(&mut claims, ports::claim()?),
+            });
         }
     }
-    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    match security {
+        // The users are stored there, too.
+        Some(_) => security::create_private_folder(folder)?,
+        None => fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?,
+    }
     let mut setup = spec.set_up(&Site {
         home,
         folder,
@@ -238,28 +260,6 @@ fn choose_ports(
     })
 }
 
-/// As with the console, a taken port is no reason to fail: it is said which one it is.
-fn choose_secured_ports(
-    secured: &Secured,
-    node: &NodePorts,
-    ports: Ports,
-    claims: &mut Vec<Claim>,
-) -> Result<SecuredPorts> {
-    let mut choose = |usual: u16| match usual {
-        0 => Ok(0),
-        _ if node.number == 1 && ports != Ports::Free && ports::is_free(usual) => Ok(usual),
-        _ => ports::claim().map(|claim| keep(claims, claim)),
-    };
-    Ok(SecuredPorts {
-        client: match secured.port {
-            Some(usual) => choose(usual)?,
-            None => node.client,
-        },
-        web: choose(secured.web)?,
-        internal: keep(claims, ports::claim()?),
-    })
-}
-
 fn keep(claims: &mut Vec<Claim>, claim: Claim) -> u16 {
     let port = claim.port;
     claims.push(claim);
@@ -281,6 +281,11 @@ pub(crate) fn require_free(service: Service, port: u16) -> Result<()> {
 
 pub(super) fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// For [`Spec::secured_env`](super::Spec::secured_env).
+pub(super) fn variables<const N: usize>(all: [(&str, String); N]) -> Vec<(String, String)> {
+    all.map(|(name, value)| (name.to_owned(), value)).to_vec()
 }
 
 /// Replaces each `{name}`; a name without a value is a mistake in the template.

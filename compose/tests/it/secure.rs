@@ -12,40 +12,49 @@ use std::time::Duration;
 
 use crate::lab::Lab;
 
+const SERVICES: [&str; 4] = ["kafka", "rabbitmq", "nats", "pulsar"];
+
 /// The files of a `LAB_HOME` with a password, a token or a key in them, and what stands there.
 fn secrets(home: &Path) -> Vec<(PathBuf, String)> {
     let mut secrets = Vec::new();
-    for folder in ["secure", "secure/certificates"] {
-        for file in fs::read_dir(home.join(folder)).unwrap() {
-            let path = file.unwrap().path();
-            let end = path.extension().and_then(|end| end.to_str());
-            if let Some("password" | "token" | "seed" | "key") = end {
-                let text = fs::read_to_string(&path).unwrap();
-                // Of a key in PEM the middle: its ends are the same in all.
-                let line = text.lines().nth(1).unwrap_or(&text).to_owned();
-                secrets.push((path, line));
+    for service in SERVICES {
+        let folder = home.join("secure").join(service);
+        for folder in [folder.clone(), folder.join("certificates")] {
+            for file in fs::read_dir(folder).unwrap() {
+                let path = file.unwrap().path();
+                let end = path.extension().and_then(|end| end.to_str());
+                if let Some("password" | "token" | "seed" | "key") = end {
+                    let text = fs::read_to_string(&path).unwrap();
+                    // Of a key in PEM the middle: its ends are the same in all.
+                    let line = text.lines().nth(1).unwrap_or(&text).to_owned();
+                    secrets.push((path, line));
+                }
             }
         }
     }
-    assert!(secrets.len() >= 9, "{secrets:?}");
+    // Two passwords and three keys each, one seed, two tokens, and the key with which tokens are signed.
+    assert_eq!(secrets.len(), 4 * 5 + 1 + 3, "{secrets:?}");
     secrets
 }
 
-/// The command lines of all processes. Of those that end meanwhile, as many as can be had.
+/// The command lines of all processes.
 fn process_list() -> BTreeSet<String> {
-    let entries = fs::read_dir("/proc").unwrap().flatten();
-    let lines = entries.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
-    lines
-        .map(|line| String::from_utf8_lossy(&line).replace('\0', " "))
-        .collect()
+    let output = Command::new("ps")
+        .args(["-A", "-ww", "-o", "args="])
+        .output();
+    let text = String::from_utf8_lossy(&output.unwrap().stdout).into_owned();
+    text.lines().map(str::to_owned).collect()
 }
 
 /// Files below the folder that somebody else than the owner could read, if the folder above is open to all.
 fn readable(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(folder).unwrap().flatten() {
+    // What is gone meanwhile cannot be read.
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
-        let Ok(kind) = entry.metadata() else { continue };
+        let Ok(kind) = entry.metadata() else {
+            continue;
+        };
         let closed = kind.permissions().mode() & 0o077 == 0;
         if kind.is_dir() && !closed {
             found.extend(readable(&path));
@@ -65,12 +74,11 @@ fn sourced(file: &Path, variable: &str) -> String {
 }
 
 #[test]
-fn a_secured_broker_says_how_to_come_in_and_shows_no_secret() {
+fn a_secured_broker_says_how_to_connect_and_shows_no_secret() {
     let lab = Lab::new();
-    let services = ["kafka", "rabbitmq", "nats", "pulsar"];
     let mut command = lab.command(&["up", "--secure", "--detach"]);
     let mut up = command
-        .args(services)
+        .args(SERVICES)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -79,7 +87,7 @@ fn a_secured_broker_says_how_to_come_in_and_shows_no_secret() {
     let mut seen = BTreeSet::new();
     while up.try_wait().unwrap().is_none() {
         seen.extend(process_list());
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(50));
     }
     let output = up.wait_with_output().unwrap();
     let mut said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -102,7 +110,7 @@ fn a_secured_broker_says_how_to_come_in_and_shows_no_secret() {
         assert_eq!(line, None, "{path} is in the list of processes");
     }
     for file in readable(lab.path()) {
-        let bytes = fs::read(&file).unwrap();
+        let bytes = fs::read(&file).unwrap_or_default();
         let text = String::from_utf8_lossy(&bytes);
         for (path, secret) in &secrets {
             let (file, path) = (file.display(), path.display());
@@ -115,21 +123,22 @@ fn a_secured_broker_says_how_to_come_in_and_shows_no_secret() {
     }
 
     let of = |file: &str, variable| sourced(&lab.path().join("secure").join(file), variable);
-    let password = of("kafka/application.env", "KAFKA_SASL_PASSWORD");
-    assert_eq!(password.len(), 32, "{password}");
-    let start = format!("amqps://application:{password}@localhost:");
+    let password = |service: &str| {
+        let file = format!("secure/{service}/application.password");
+        fs::read_to_string(lab.path().join(file)).unwrap()
+    };
+    let kafka = of("kafka/application.env", "KAFKA_SASL_PASSWORD");
+    assert_eq!(kafka, password("kafka"));
+    let start = format!("amqps://application:{}@localhost:", password("rabbitmq"));
     assert!(of("rabbitmq/application.env", "AMQP_ADDR").starts_with(&start));
-    let start = format!("amqp://application:{password}@127.0.0.1:");
+    let start = format!("amqp://application:{}@127.0.0.1:", password("rabbitmq"));
     assert!(of("rabbitmq/plain.env", "AMQP_ADDR").starts_with(&start));
-    assert_eq!(of("nats/application.env", "NATS_PASSWORD"), password);
-    assert_eq!(
-        of("pulsar/application.env", "PULSAR_TOKEN")
-            .split('.')
-            .count(),
-        3
-    );
-    assert_ne!(of("nats/administrator.env", "NATS_PASSWORD"), password);
-    for service in services {
+    let nats = of("nats/application.env", "NATS_PASSWORD");
+    assert_eq!(nats, password("nats"));
+    assert_ne!(of("nats/administrator.env", "NATS_PASSWORD"), nats);
+    let token = of("pulsar/application.env", "PULSAR_TOKEN");
+    assert_eq!(token.split('.').count(), 3, "{token}");
+    for service in SERVICES {
         for user in ["plain", "application", "administrator"] {
             let file = lab.path().join(format!("secure/{service}/{user}.env"));
             let line = format!(". '{}'", file.display());
@@ -142,10 +151,19 @@ fn a_secured_broker_says_how_to_come_in_and_shows_no_secret() {
         "{again}"
     );
 
-    // The users are stored with what else there is.
+    // The users are stored. Kafka's administrator connects as such when the rights are given again, so their passwords are
+    // still the same.
     lab.ok(&["down"]);
     lab.ok(&["up", "--secure", "--detach", "kafka", "rabbitmq"]);
-    assert_eq!(of("kafka/application.env", "KAFKA_SASL_PASSWORD"), password);
+    // With new passwords they are not, and there is a way out.
+    lab.ok(&["down", "kafka"]);
+    fs::remove_dir_all(lab.path().join("secure/kafka")).unwrap();
+    let said = lab.fails(&["up", "--secure", "kafka"]);
+    assert!(
+        said.contains("`cargo lab up kafka --secure --fresh`"),
+        "{said}"
+    );
+    lab.ok(&["up", "--secure", "--fresh", "--detach", "kafka"]);
 }
 
 #[test]

@@ -22,6 +22,7 @@ mod rebalance;
 mod reconnect;
 mod replay;
 mod retry_dlq;
+mod secure;
 mod shared;
 mod tracing;
 mod tuned_consumer;

@@ -7,4 +7,5 @@ mod jetstream;
 mod nats;
 mod publish_subscribe;
 mod requests;
+mod secure;
 mod stores;

@@ -9,6 +9,7 @@ mod producer_consumer;
 mod reading;
 mod reconnect;
 mod redelivery;
+mod secure;
 mod subscriptions;
 mod support;
 mod writing;

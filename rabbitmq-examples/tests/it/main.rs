@@ -13,6 +13,7 @@ mod monitor;
 mod quorum_queue;
 mod reconnect;
 mod rpc;
+mod secure;
 mod send_receive;
 mod shared;
 mod stream;

@@ -9,7 +9,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use self::installation::Installation;
-use super::setup::{fill, write};
+use super::setup::{fill, variables, write};
 use super::{Facts, Node, NodePorts, Program, Secured, Setup, Site, Spec, Web};
 use crate::fetch::Part;
 use crate::home::Home;
@@ -46,7 +46,7 @@ impl Spec for RabbitMq {
             },
             secured: Some(Secured {
                 port: Some(5671),
-                web: 0,
+                web: None,
             }),
         }
     }
@@ -175,18 +175,13 @@ impl Spec for RabbitMq {
     ) -> Result<Vec<(String, String)>> {
         let host = nodes[0].secured.as_deref().unwrap_or_default();
         let address = format!("amqps://{user}:{}@{host}/{VHOST}", security.password(user)?);
-        let variables = [
+        let env = [
             (self.facts().variable, address),
-            ("AMQP_CA", security.ca().display().to_string()),
-            (
-                "AMQP_CERT",
-                security.certificate(user).display().to_string(),
-            ),
-            ("AMQP_KEY", security.key(user).display().to_string()),
+            ("AMQP_CA", security.ca()),
+            ("AMQP_CERT", security.certificate(user)),
+            ("AMQP_KEY", security.key(user)),
         ];
-        Ok(variables
-            .map(|(name, value)| (name.to_owned(), value))
-            .to_vec())
+        Ok(variables(env))
     }
 }
 
@@ -214,17 +209,14 @@ fn secured(node: &NodePorts, security: &Security) -> Result<String> {
     let definitions = json!({
         "vhosts": [{"name": VHOST}], "users": users, "permissions": permissions,
     });
-    let path = security.folder_of("rabbitmq")?.join("definitions.json");
+    let path = security.path("definitions.json");
     security::write(&path, &definitions.to_string())?;
     let values = [
         ("port", ports.client.to_string()),
-        ("ca", security.ca().display().to_string()),
-        (
-            "certificate",
-            security.certificate(BROKER).display().to_string(),
-        ),
-        ("key", security.key(BROKER).display().to_string()),
-        ("definitions", path.display().to_string()),
+        ("ca", security.ca()),
+        ("certificate", security.certificate(BROKER)),
+        ("key", security.key(BROKER)),
+        ("definitions", path),
     ];
     fill(include_str!("../../../rabbitmq/secured.conf"), &values)
 }
