@@ -41,11 +41,57 @@ fn thread_states(pid: u32) -> Vec<char> {
         .collect()
 }
 
+/// The addresses on which a process listens, as the kernel writes them. Empty where the system does not tell.
+fn listening(pid: u32) -> Vec<String> {
+    let files = fs::read_dir(format!("/proc/{pid}/fd"));
+    let sockets: Vec<String> = files
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|file| {
+            let target = fs::read_link(file.path()).ok()?;
+            let inode = target.to_str()?.strip_prefix("socket:[")?;
+            Some(inode.trim_end_matches(']').to_owned())
+        })
+        .collect();
+    let mut addresses = Vec::new();
+    for table in ["tcp", "tcp6"] {
+        let table = fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
+        for line in table.lines() {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            // Its local address, its state, its inode.
+            if let (Some(local), Some(&"0A"), Some(inode)) =
+                (fields.get(1), fields.get(3), fields.get(9))
+                && sockets.iter().any(|socket| socket == inode)
+            {
+                addresses.push((*local).to_owned());
+            }
+        }
+    }
+    addresses
+}
+
 fn breaks_and_comes_back(service: Service) {
     let broker = Broker::private(service).unwrap();
     assert_eq!(ask(&broker), Found::Ready);
     let folder = broker.folder().to_owned();
     let before = broker.pid(1).unwrap().unwrap();
+
+    let addresses = listening(before);
+    let is_loopback = |address: &String| {
+        [
+            "0100007F:",
+            "0000000000000000FFFF00000100007F:",
+            "00000000000000000000000001000000:",
+        ]
+        .iter()
+        .any(|loopback| address.starts_with(loopback))
+    };
+    assert!(addresses.iter().all(is_loopback), "{addresses:?}");
+    assert!(
+        !addresses.is_empty() || cfg!(not(target_os = "linux")),
+        "it listens nowhere"
+    );
 
     broker.pause(1).unwrap();
     let states = thread_states(before);

@@ -198,6 +198,10 @@ fn token(jvm: &Jvm, folder: &Path, key: &str, user: User) -> Result<String> {
 fn standalone(jvm: &Jvm, site: &Site, node: &NodePorts) -> Result<Node> {
     let folder = site.folder_of(node)?;
     let conf = folder.join("standalone.conf");
+    let loopback = match cfg!(target_os = "macos") {
+        true => "lo0",
+        false => "lo",
+    };
     let secured = match site.security {
         Some(security) => secured(jvm, &folder, node, security)?,
         None => String::new(),
@@ -209,6 +213,7 @@ fn standalone(jvm: &Jvm, site: &Site, node: &NodePorts) -> Result<Node> {
     let values = [
         ("port", node.client.to_string()),
         ("web_port", node.web.to_string()),
+        ("loopback", loopback.to_owned()),
         ("cluster", cluster),
         ("secured", secured),
     ];
