@@ -84,7 +84,7 @@ pub struct Broker {
     backend: Backend,
     nodes: Vec<Running>,
     // After the nodes: fields are dropped in this order.
-    _companion: Option<Supervised>,
+    companion: Option<Supervised>,
     setup: Setup,
     /// As [`Broker::env`].
     env: Vec<(String, String)>,
@@ -175,10 +175,9 @@ impl Broker {
         Broker::launch(service, Backend::Native, setup, folder, &home.logs(), None)
     }
 
-    /// Starts the service's container, on the default ports.
-    pub(crate) fn docker(service: Service, home: &Home) -> Result<Broker> {
-        services::require_free(service, service.spec().facts().port)?;
-        let setup = Setup::of(vec![docker::node(service)], Some(service.version()));
+    /// Starts the service in containers, on the ports of [`Ports::from_env`]. What they store goes with them.
+    pub(crate) fn docker(service: Service, home: &Home, nodes: u16) -> Result<Broker> {
+        let setup = docker::set_up(service, home, nodes, Ports::from_env(service)?)?;
         let folder = PathBuf::new();
         Broker::launch(service, Backend::Docker, setup, folder, &home.logs(), None)
     }
@@ -266,7 +265,7 @@ impl Broker {
     fn prepare(
         service: Service,
         backend: Backend,
-        mut setup: Setup,
+        setup: Setup,
         folder: PathBuf,
         logs: &Path,
         temporary: Option<tempfile::TempDir>,
@@ -275,22 +274,12 @@ impl Broker {
         let companion = match &setup.companion {
             Some(command) => {
                 let (out, err) = log_streams(&logs.join(format!("{service}-companion.log")), true)?;
-                Some(Supervised::spawn(command, out, err, None)?)
+                let project = setup.project.as_ref();
+                let farewell = project.map(|project| project.removal(Duration::ZERO));
+                Some(Supervised::spawn(command, out, err, farewell.as_ref())?)
             }
             None => None,
         };
-        for node in &mut setup.nodes {
-            let log = log_path(logs, service, node.number);
-            let (out, err) = log_streams(&log, true)?;
-            if let Some(first) = node.first.take() {
-                let status = Supervised::spawn(&first, out, err, None)?.wait()?;
-                if !status.success() {
-                    return Err(epitaph(service, &log));
-                }
-                // Kafka's shows the hashes of the users' passwords.
-                log_streams(&log, true)?;
-            }
-        }
         let nodes = setup
             .nodes
             .iter()
@@ -300,16 +289,28 @@ impl Broker {
             })
             .collect();
         let env = service.spec().env(&setup.nodes, setup.security.as_ref())?;
-        Ok(Broker {
+        let mut broker = Broker {
             service,
             backend,
             nodes,
-            _companion: companion,
+            companion,
             setup,
             env,
             folder,
             temporary,
-        })
+        };
+        for (node, running) in broker.setup.nodes.iter_mut().zip(&broker.nodes) {
+            let (out, err) = log_streams(&running.log, true)?;
+            if let Some(first) = node.first.take() {
+                let status = Supervised::spawn(&first, out, err, None)?.wait()?;
+                if !status.success() {
+                    return Err(epitaph(service, &running.log));
+                }
+                // Kafka's shows the hashes of the users' passwords.
+                log_streams(&running.log, true)?;
+            }
+        }
+        Ok(broker)
     }
 
     /// Which service this is.
@@ -427,13 +428,17 @@ impl Broker {
     /// There is no such node, or the system refuses.
     pub fn kill(&self, node: u16) -> Result<()> {
         let mut process = self.lock(node)?;
-        if let Backend::Docker = self.backend {
-            return docker::signal(self.service, "kill");
+        let Some(running) = process.as_mut() else {
+            bail!("{}.{node} is not running", self.service);
+        };
+        if let Some(project) = &self.setup.project {
+            project.order(&["kill"], node)?;
+            // It has the last lines of the log still to write.
+            running.wait_for(STOP_GRACE)?;
         }
-        match process.take() {
-            Some(mut process) => process.kill().map(drop),
-            None => bail!("{}.{node} is not running", self.service),
-        }
+        running.kill()?;
+        *process = None;
+        Ok(())
     }
 
     /// SIGSTOP: the node holds its connections and says nothing, from the moment that this returns.
@@ -457,17 +462,18 @@ impl Broker {
     /// # Errors
     /// There is no such node, it does not start, or it is the mock, which has no storage to come back with.
     pub fn restart(&self, node: u16) -> Result<()> {
-        match self.backend {
-            Backend::Native => {}
-            Backend::Docker => {
-                docker::signal(self.service, "restart")?;
-                return self.await_ready(node);
-            }
-            Backend::Mock => bail!("the mock cluster keeps nothing, so it cannot be restarted"),
+        if let Backend::Mock = self.backend {
+            bail!("the mock cluster keeps nothing, so it cannot be restarted");
         }
-        if let Some(mut process) = self.lock(node)?.take() {
+        let mut process = self.lock(node)?;
+        if let Some(project) = &self.setup.project {
+            // Also if no process is there: somebody may have started the container by hand.
+            project.order(&["stop", "-t", &STOP_GRACE.as_secs().to_string()], node)?;
+        }
+        if let Some(mut process) = process.take() {
             process.stop(self.grace())?;
         }
+        drop(process);
         self.spawn(node)?;
         self.await_ready(node)
     }
@@ -476,7 +482,12 @@ impl Broker {
     ///
     /// # Errors
     /// The system refuses.
-    pub fn stop(self) -> Result<()> {
+    pub fn stop(mut self) -> Result<()> {
+        if let Some(project) = &self.setup.project {
+            project.remove(STOP_GRACE)?;
+            self.companion = None;
+            return Ok(());
+        }
         for number in self.numbers() {
             if let Some(process) = self.lock(number)?.as_mut() {
                 // The same order to all before any is waited for.
@@ -537,32 +548,21 @@ impl Broker {
         send: impl FnOnce(&Supervised) -> Result<()>,
         docker: &str,
     ) -> Result<()> {
-        if let Backend::Docker = self.backend {
-            return docker::signal(self.service, docker);
-        }
-        match self.lock(node)?.as_ref() {
-            Some(process) => send(process),
-            None => bail!("{}.{node} is not running", self.service),
+        match (self.lock(node)?.as_ref(), &self.setup.project) {
+            (Some(_), Some(project)) => project.order(&[docker], node),
+            (Some(process), None) => send(process),
+            (None, _) => bail!("{}.{node} is not running", self.service),
         }
     }
 
     fn spawn(&self, number: u16) -> Result<()> {
         let node = &self.setup.nodes[usize::from(number) - 1];
         let (out, err) = log_streams(self.log(number)?, false)?;
-        let farewell = match (&self.temporary, self.backend) {
-            (Some(folder), _) => {
-                let mut command = Command::new("rm");
-                command.arg("-rf").arg(folder.path());
-                Some(command)
-            }
-            (None, Backend::Docker) => Some(docker::compose(&[
-                "rm",
-                "--stop",
-                "--force",
-                self.service.name(),
-            ])),
-            (None, _) => None,
-        };
+        let farewell = self.temporary.as_ref().map(|folder| {
+            let mut command = Command::new("rm");
+            command.arg("-rf").arg(folder.path());
+            command
+        });
         *self.lock(number)? = Some(Supervised::spawn(&node.run, out, err, farewell.as_ref())?);
         Ok(())
     }
@@ -633,6 +633,12 @@ impl Broker {
 
 impl Drop for Broker {
     fn drop(&mut self) {
+        // One that was not stopped, such as one that did not start, still has its containers.
+        if let Some(project) = &self.setup.project
+            && self.companion.is_some()
+        {
+            let _ = project.remove(Duration::ZERO);
+        }
         if self.temporary.is_some() {
             // Before the folder goes: a broker that still runs would write into it again.
             for (number, node) in self.numbers().zip(&self.nodes) {

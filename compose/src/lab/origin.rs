@@ -175,7 +175,8 @@ pub(super) fn find_running(service: Service) -> Result<Option<String>> {
 pub(super) fn obtain(home: &Home, service: Service, backend: Backend) -> Result<()> {
     match backend {
         Backend::Native => service.spec().program().fetch(home),
-        Backend::Docker | Backend::Mock => Ok(()),
+        Backend::Docker => docker::pull(service),
+        Backend::Mock => Ok(()),
     }
 }
 
@@ -184,12 +185,12 @@ pub(super) fn start(home: &Home, service: Service, backend: Backend, wish: Wish)
     if wish.secure && backend != Backend::Native {
         bail!("{service} is secured natively only, not on the {backend} backend");
     }
-    if wish.nodes > 1 && backend != Backend::Native {
-        bail!("several nodes run natively only, not on the {backend} backend");
+    if wish.nodes > 1 && backend == Backend::Mock {
+        bail!("several nodes run natively or in Docker, not on the {backend} backend");
     }
     match (backend, service.spec().mock()) {
         (Backend::Native, _) => Broker::shared(service, home, wish),
-        (Backend::Docker, _) => Broker::docker(service, home),
+        (Backend::Docker, _) => Broker::docker(service, home, wish.nodes),
         (Backend::Mock, Some(mock)) => {
             let program = build::build(&Workspace::load()?, mock.example, false, false)?;
             let broker = Broker::mock(service, &program, home)?;

@@ -30,7 +30,7 @@ pub(crate) use jvm::ClassArchive;
 #[cfg(feature = "harness")]
 pub(crate) use kafka::tool as kafka_tool;
 pub(crate) use setup::{
-    Grant, Node, NodePorts, Setup, Site, check_count, check_secure, prepare, require_free,
+    Grant, Node, NodePorts, Setup, Site, check_count, check_secure, choose_ports, prepare,
 };
 
 macro_rules! services {

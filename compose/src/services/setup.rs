@@ -7,11 +7,11 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{ClassArchive, Secured, names};
-use crate::Service;
 use crate::home::Home;
 use crate::ports::{self, Claim, Ports};
 use crate::probe::Page;
 use crate::security::{self, Security};
+use crate::{Service, docker};
 
 /// One node of a service, ready to be started, and started again after a kill.
 #[derive(Debug)]
@@ -48,7 +48,9 @@ pub(crate) struct Setup {
     /// The certificates and users, if the service is secured.
     pub(crate) security: Option<Security>,
     /// Held for as long as the nodes may run.
-    pub(super) claims: Vec<Claim>,
+    pub(crate) claims: Vec<Claim>,
+    /// What the nodes are for the engine, if they run in Docker.
+    pub(crate) project: Option<docker::Project>,
 }
 
 impl Setup {
@@ -62,6 +64,7 @@ impl Setup {
             grants: Vec::new(),
             security: None,
             claims: Vec::new(),
+            project: None,
         }
     }
 }
@@ -156,10 +159,7 @@ pub(crate) fn prepare(
 ) -> Result<Setup> {
     let spec = service.spec();
     check_count(service, count)?;
-    let mut claims = Vec::new();
-    let mut nodes: Vec<_> = (0..count)
-        .map(|index| choose_ports(service, index, ports, &mut claims))
-        .collect::<Result<_>>()?;
+    let (mut nodes, mut claims) = choose_ports(service, count, ports)?;
     if security.is_some() {
         let secured = check_secure(service)?;
         let taken: Vec<u16> = nodes
@@ -226,7 +226,22 @@ pub(crate) fn check_count(service: Service, count: u16) -> Result<()> {
     Ok(())
 }
 
-fn choose_ports(
+/// The ports of `count` nodes, and the claims to those that were free to choose.
+///
+/// # Errors
+/// A default port is taken.
+pub(crate) fn choose_ports(
+    service: Service,
+    count: u16,
+    ports: Ports,
+) -> Result<(Vec<NodePorts>, Vec<Claim>)> {
+    let mut claims = Vec::new();
+    let nodes = (0..count).map(|index| ports_of(service, index, ports, &mut claims));
+    let nodes = nodes.collect::<Result<_>>()?;
+    Ok((nodes, claims))
+}
+
+fn ports_of(
     service: Service,
     index: u16,
     ports: Ports,
@@ -267,7 +282,7 @@ fn keep(claims: &mut Vec<Claim>, claim: Claim) -> u16 {
 }
 
 /// Fails readably if the port is taken.
-pub(crate) fn require_free(service: Service, port: u16) -> Result<()> {
+fn require_free(service: Service, port: u16) -> Result<()> {
     if !ports::is_free(port) {
         bail!(
             "port {port} is taken by a program that is not a {service} that `lab` started; \
