@@ -1,5 +1,6 @@
 //! The brokers, `lab`, the harness, and what keeps the repository consistent.
 
+mod docker;
 mod harness;
 mod lab;
 mod repository;
