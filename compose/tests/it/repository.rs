@@ -35,6 +35,16 @@ fn docker_runs_the_versions_that_run_natively() {
     }
 }
 
+#[test]
+fn every_service_in_docker_listens_on_the_port_that_lab_chooses() {
+    let compose = read("compose.yaml");
+    for service in Service::ALL {
+        let variable = format!("LAB_{}_PORT_1", service.name().to_uppercase());
+        let port = format!("\"127.0.0.1:${{{variable}:-");
+        assert!(compose.contains(&port), "compose.yaml lacks {variable}");
+    }
+}
+
 /// One that is missing is noticed only by the example that needs it.
 #[test]
 fn kafka_has_in_docker_the_settings_that_it_has_natively() {
