@@ -86,6 +86,9 @@ pub(super) fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode
                     say!("{}", mock.warning);
                     mocked = true;
                 }
+                if !entry.access.is_empty() {
+                    say!("{service} is secured; {name} has the rights of the application");
+                }
                 environment.extend(entry.env);
             }
             Origin::Port(address) => environment.push((service.variable().to_owned(), address)),

@@ -65,7 +65,7 @@ impl Lab {
     }
 
     /// `lab run`, without a build.
-    fn example(&self, name: &str) -> Command {
+    pub fn example(&self, name: &str) -> Command {
         self.with_cargo(&BUILT, &["run", name])
     }
 

@@ -151,6 +151,11 @@ fn a_secured_broker_says_how_to_connect_and_shows_no_secret() {
         "{again}"
     );
 
+    let output = lab.example("nats_publish").output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    let notice = "nats is secured; nats_publish has the rights of the application";
+    assert!(output.status.success() && told.contains(notice), "{told}");
+
     // The users are stored. Kafka's administrator connects as such when the rights are given again, so their passwords are
     // still the same.
     lab.ok(&["down"]);
