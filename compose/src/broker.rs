@@ -113,7 +113,7 @@ impl Broker {
     /// # Errors
     /// As [`Broker::private`], and for services of which only one node can run.
     pub fn private_cluster(service: Service, nodes: u16) -> Result<Broker> {
-        Broker::temporary(service, nodes, false)
+        Broker::temporary(service, nodes, false, false)
     }
 
     /// As [`Broker::private`], with TLS and authentication. [`Broker::secured_env`] leads to the listener with TLS,
@@ -122,10 +122,21 @@ impl Broker {
     /// # Errors
     /// As [`Broker::private`], and for services that cannot be secured.
     pub fn secure(service: Service) -> Result<Broker> {
-        Broker::temporary(service, 1, true)
+        Broker::temporary(service, 1, true, false)
     }
 
-    fn temporary(service: Service, nodes: u16, secure: bool) -> Result<Broker> {
+    /// As [`Broker::private`], with ports for a proxy in front of it.
+    #[cfg(feature = "harness")]
+    pub(crate) fn private_behind_proxy(service: Service) -> Result<(Broker, services::Behind)> {
+        let broker = Broker::temporary(service, 1, false, true)?;
+        let behind = broker.setup.behind.first().copied();
+        Ok((
+            broker,
+            behind.context("a broker without ports for a proxy")?,
+        ))
+    }
+
+    fn temporary(service: Service, nodes: u16, secure: bool, proxied: bool) -> Result<Broker> {
         let home = Home::from_env()?;
         let temporary = tempfile::Builder::new()
             .prefix(&format!("lab-{service}-"))
@@ -135,7 +146,15 @@ impl Broker {
         let security = secure
             .then(|| Security::at(folder.join("secure")))
             .transpose()?;
-        let setup = services::prepare(service, &home, &folder, nodes, Ports::Free, security)?;
+        let setup = services::prepare(
+            service,
+            &home,
+            &folder,
+            nodes,
+            Ports::Free,
+            security,
+            proxied,
+        )?;
         let logs = folder.clone();
         Broker::launch(
             service,
@@ -171,7 +190,7 @@ impl Broker {
         let security = secure
             .then(|| Security::at(home.secure(service)))
             .transpose()?;
-        let setup = services::prepare(service, home, &folder, nodes, ports, security)?;
+        let setup = services::prepare(service, home, &folder, nodes, ports, security, false)?;
         Broker::launch(service, Backend::Native, setup, folder, &home.logs(), None)
     }
 

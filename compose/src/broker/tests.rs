@@ -186,7 +186,7 @@ fn nats_nodes_form_a_cluster() {
 #[test]
 fn secured_nodes_of_kafka_form_a_cluster() {
     // They find each other by the broker's certificate, or they do not serve and give no rights.
-    let cluster = Broker::temporary(Service::Kafka, 3, true).unwrap();
+    let cluster = Broker::temporary(Service::Kafka, 3, true, false).unwrap();
     cluster.kill(2).unwrap();
     cluster.restart(2).unwrap();
 }
@@ -194,7 +194,7 @@ fn secured_nodes_of_kafka_form_a_cluster() {
 /// A server that joins the cluster may do everything, whoever it is.
 #[test]
 fn secured_nodes_of_nats_form_a_cluster_that_no_user_can_join() {
-    let cluster = Broker::temporary(Service::Nats, 3, true).unwrap();
+    let cluster = Broker::temporary(Service::Nats, 3, true, false).unwrap();
     let setup = &cluster.setup;
     let security = setup.security.as_ref().unwrap();
     let conf = fs::read_to_string(cluster.folder().join("node-1/server.conf")).unwrap();

@@ -13,6 +13,8 @@ use crate::home::Home;
 /// A program, and the module with its version: `example.org/program@v1.2.3`.
 pub(crate) struct Module {
     pub(crate) program: &'static str,
+    /// What Go calls it: the last part of the package's path.
+    pub(crate) binary: &'static str,
     pub(crate) module: &'static str,
 }
 
@@ -32,12 +34,12 @@ impl Module {
     }
 
     pub(crate) fn installed(&self, home: &Home) -> Option<PathBuf> {
-        Some(install::installed(home, &self.recipe())?.join(self.program))
+        Some(install::installed(home, &self.recipe())?.join(self.binary))
     }
 
     pub(crate) fn install(&self, home: &Home, go: &Path) -> Result<PathBuf> {
         let folder = install::install(home, &self.recipe(), |work| self.build(work, go))?;
-        Ok(folder.join(self.program))
+        Ok(folder.join(self.binary))
     }
 
     fn build(&self, work: &mut Work, go: &Path) -> Result<()> {
@@ -74,7 +76,7 @@ impl Module {
                 progress.show(format!("compiled {compiled} packages"));
             }
         })?;
-        let program = work.new.join(self.program);
+        let program = work.new.join(self.binary);
         fs::metadata(&program).with_context(|| format!("Go built no {}", program.display()))?;
         Ok(())
     }

@@ -88,6 +88,7 @@ fn fetches_what_it_is_told() {
     let home = Home::at(home);
     let result = match std::env::var("FETCH_WHAT").unwrap().as_str() {
         "small" => fetch_small(&home),
+        "toxiproxy" => crate::harness::proxy::program(&home),
         "java" => java::find_or_fetch(&home).map(|java| java.program),
         // Where it is, is seen in the folder.
         service => {
@@ -199,7 +200,11 @@ fn of_two_at_once_one_fetches_and_the_other_waits() {
 fn a_machine_without_anything_is_told_what_to_install() {
     let folder = TempDir::new().unwrap();
     let empty = TempDir::new().unwrap();
-    for (what, program) in [("kafka", "default-jre-headless"), ("nats", "nats-server")] {
+    for (what, program) in [
+        ("kafka", "default-jre-headless"),
+        ("nats", "nats-server"),
+        ("toxiproxy", "golang"),
+    ] {
         let output = worker(folder.path(), what)
             .env("PATH", empty.path())
             .env_remove("JAVA_HOME")

@@ -13,6 +13,7 @@ use std::{fmt, thread};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
+use super::Proxy;
 use crate::Broker;
 use crate::process::Supervised;
 
@@ -73,6 +74,13 @@ impl Example {
     #[must_use]
     pub fn broker(mut self, broker: &Broker) -> Example {
         self.command.envs(broker.env());
+        self
+    }
+
+    /// Tells it to go to the broker through this proxy.
+    #[must_use]
+    pub fn proxy(mut self, proxy: &Proxy) -> Example {
+        self.command.envs(proxy.env());
         self
     }
 

@@ -28,6 +28,7 @@ mod example;
 mod kafka_record;
 mod kafka_tool;
 mod pool;
+pub(crate) mod proxy;
 pub mod transcript;
 mod transcripts;
 
@@ -43,6 +44,7 @@ pub use example::{Example, Finished, Running, handles};
 pub use kafka_record::produce_kafka_record;
 pub use kafka_tool::kafka_tool;
 pub use pool::Pool;
+pub use proxy::{Direction, Proxy};
 pub use transcripts::{private_brokers, transcripts};
 
 /// The same variables but for one, which has another value, or is missing.

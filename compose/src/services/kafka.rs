@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 
 use super::jvm::Jvm;
 use super::setup::{fill, variables, write};
-use super::{Facts, Grant, Mock, Node, NodePorts, Program, Secured, Setup, Site, Spec};
+use super::{Behind, Facts, Grant, Mock, Node, NodePorts, Program, Secured, Setup, Site, Spec};
 use crate::fetch::maven::Jars;
 #[cfg(feature = "harness")]
 use crate::home::Home;
@@ -34,6 +34,7 @@ impl Spec for Kafka {
             most_nodes: 5,
             // The controller's.
             other_ports: 1,
+            advertises: true,
             free_ports: ports::RANGE,
             // ApiVersions request, version 0, correlation id 7, no client id.
             greeting: Greeting::Handshake {
@@ -70,7 +71,16 @@ impl Spec for Kafka {
             let folder = site.folder_of(node)?;
             let data = folder.join("data");
             let properties = folder.join("server.properties");
+            let (listener, advertised) = match node.behind {
+                Some(Behind { listen, proxy }) => (
+                    format!(",PROXIED://127.0.0.1:{listen}"),
+                    format!(",PROXIED://127.0.0.1:{proxy}"),
+                ),
+                None => Default::default(),
+            };
             let values = [
+                ("proxied_listener", listener),
+                ("proxied_advertised", advertised),
                 ("node", node.number.to_string()),
                 ("port", node.client.to_string()),
                 ("controller_port", node.others[0].to_string()),

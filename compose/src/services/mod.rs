@@ -30,7 +30,7 @@ pub(crate) use jvm::ClassArchive;
 #[cfg(feature = "harness")]
 pub(crate) use kafka::tool as kafka_tool;
 pub(crate) use setup::{
-    Grant, Node, NodePorts, Setup, Site, check_count, check_secure, choose_ports, prepare,
+    Behind, Grant, Node, NodePorts, Setup, Site, check_count, check_secure, choose_ports, prepare,
 };
 
 macro_rules! services {
@@ -144,6 +144,8 @@ pub(crate) struct Facts {
     pub(crate) most_nodes: u16,
     /// How many ports a node needs beside the clients' and the web's.
     pub(crate) other_ports: usize,
+    /// Whether its nodes tell clients where to connect, whatever address those came by.
+    pub(crate) advertises: bool,
     /// Among which its clients' port has to be, where it is chosen freely.
     pub(crate) free_ports: Range<u16>,
     /// How it is told from other programs.

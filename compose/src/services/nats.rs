@@ -22,6 +22,7 @@ const PROGRAM: &str = "nats-server";
 
 const MODULE: go::Module = go::Module {
     program: PROGRAM,
+    binary: PROGRAM,
     module: include_str!("../../nats/module"),
 };
 
@@ -58,6 +59,7 @@ impl Spec for Nats {
             most_nodes: 5,
             // The one on which the nodes of a cluster talk.
             other_ports: 1,
+            advertises: false,
             free_ports: ports::RANGE,
             // The server speaks first.
             greeting: Greeting::Handshake {

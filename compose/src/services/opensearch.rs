@@ -23,6 +23,7 @@ impl Spec for OpenSearch {
             most_nodes: 1,
             other_ports: 0,
             // The runner accepts no port above 9299, and adds the node's number to the one that it is given.
+            advertises: false,
             free_ports: 9201..9299,
             greeting: Greeting::Page {
                 path: "/",

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::jvm::Jvm;
 use super::setup::{fill, write};
-use super::{Facts, Grant, Node, NodePorts, Program, Secured, Setup, Site, Spec, Web};
+use super::{Behind, Facts, Grant, Node, NodePorts, Program, Secured, Setup, Site, Spec, Web};
 use crate::fetch::maven::Jars;
 use crate::ports;
 use crate::probe::{Greeting, Page};
@@ -32,6 +32,7 @@ impl Spec for Pulsar {
             most_nodes: 5,
             // The bookie's.
             other_ports: 1,
+            advertises: true,
             free_ports: ports::RANGE,
             // CONNECT with client version "lab" and protocol version 15, answered by CONNECTED (3).
             greeting: Greeting::Handshake {
@@ -210,7 +211,16 @@ fn standalone(jvm: &Jvm, site: &Site, node: &NodePorts) -> Result<Node> {
         1 => "standalone".to_owned(),
         number => format!("standalone-{number}"),
     };
+    let proxied = node.behind.map(|Behind { listen, proxy }| {
+        format!(
+            "internalListenerName=direct\n\
+             bindAddresses=proxied:pulsar://127.0.0.1:{listen}\n\
+             advertisedListeners=direct:pulsar://127.0.0.1:{},proxied:pulsar://127.0.0.1:{proxy}",
+            node.client
+        )
+    });
     let values = [
+        ("proxied", proxied.unwrap_or_default()),
         ("port", node.client.to_string()),
         ("web_port", node.web.to_string()),
         ("loopback", loopback.to_owned()),

@@ -23,6 +23,7 @@ impl Spec for Registry {
             web: None,
             most_nodes: 1,
             other_ports: 0,
+            advertises: false,
             free_ports: ports::RANGE,
             greeting: Greeting::Page {
                 path: "/apis/ccompat/v7/schemas/types",

@@ -41,6 +41,8 @@ pub(crate) struct Setup {
     pub(crate) version: Option<String>,
     /// A process that has to run before the nodes and for as long as they do.
     pub(crate) companion: Option<Command>,
+    /// Where each node is reached through a proxy, if that was asked for.
+    pub(crate) behind: Vec<Behind>,
     /// What the first node writes at an orderly end, if it is not there yet.
     pub(crate) archive: Option<ClassArchive>,
     /// What gives the users their rights, where only a broker that serves can be told.
@@ -60,6 +62,7 @@ impl Setup {
             nodes,
             version,
             companion: None,
+            behind: Vec::new(),
             archive: None,
             grants: Vec::new(),
             security: None,
@@ -102,6 +105,8 @@ pub(crate) struct NodePorts {
     pub(crate) others: Vec<u16>,
     /// Those with TLS, if the service is to be secured.
     pub(crate) secured: Option<SecuredPorts>,
+    /// Of the proxy in front of it, if there is one.
+    pub(crate) behind: Option<Behind>,
 }
 
 /// The port numbers of one node with TLS.
@@ -112,6 +117,16 @@ pub(crate) struct SecuredPorts {
     pub(crate) web: u16,
     /// For the other nodes.
     pub(crate) internal: u16,
+}
+
+/// The ports of a node that is reached through a proxy too.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Behind {
+    /// Where the node listens for those who come through the proxy. Its clients' port, unless it tells its clients where to
+    /// connect: then it needs a second one, to tell these the proxy's port.
+    pub(crate) listen: u16,
+    /// The proxy's.
+    pub(crate) proxy: u16,
 }
 
 impl NodePorts {
@@ -145,7 +160,8 @@ impl Site<'_> {
     }
 }
 
-/// Writes the configuration of `count` nodes into `folder`. What has not been fetched is fetched.
+/// Writes the configuration of `count` nodes into `folder`, if they are `proxied` with ports for a proxy in front of each.
+/// What has not been fetched is fetched.
 ///
 /// # Errors
 /// The program cannot be had, a default port is taken, or the folder cannot be written.
@@ -156,10 +172,22 @@ pub(crate) fn prepare(
     count: u16,
     ports: Ports,
     security: Option<Security>,
+    proxied: bool,
 ) -> Result<Setup> {
     let spec = service.spec();
     check_count(service, count)?;
     let (mut nodes, mut claims) = choose_ports(service, count, ports)?;
+    if proxied {
+        for node in &mut nodes {
+            node.behind = Some(Behind {
+                listen: match spec.facts().advertises {
+                    true => keep(&mut claims, ports::claim()?),
+                    false => node.client,
+                },
+                proxy: keep(&mut claims, ports::claim_in(spec.facts().free_ports)?),
+            });
+        }
+    }
     if security.is_some() {
         let secured = check_secure(service)?;
         let taken: Vec<u16> = nodes
@@ -195,6 +223,7 @@ pub(crate) fn prepare(
         nodes: &nodes,
         security: security.as_ref(),
     })?;
+    setup.behind = nodes.iter().filter_map(|node| node.behind).collect();
     setup.claims = claims;
     setup.security = security;
     Ok(setup)
@@ -272,6 +301,7 @@ fn ports_of(
         web,
         others,
         secured: None,
+        behind: None,
     })
 }
 

@@ -3,6 +3,7 @@
 mod docker;
 mod harness;
 mod lab;
+mod proxy;
 mod repository;
 mod secure;
 mod workspace;

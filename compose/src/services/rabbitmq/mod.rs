@@ -36,6 +36,7 @@ impl Spec for RabbitMq {
             most_nodes: 5,
             // Those of Erlang's distribution, of Prometheus, of streams, and, of the first node's, of Erlang's name server.
             other_ports: 4,
+            advertises: false,
             free_ports: ports::RANGE,
             // The protocol header of AMQP 0-9-1, answered by the method frame Connection.Start.
             greeting: Greeting::Handshake {
