@@ -17,7 +17,9 @@
 //!
 //! Notice: a body that is no task is rejected to the queue `tasks.rejected`, where it waits for a person. Requeueing it
 //! would deliver it again at once, for ever. `basic_qos(1)` keeps the other tasks in the queue, where a second worker
-//! can take them; without it, the broker pushes the whole queue to the first worker that connects.
+//! can take them; without it, the broker pushes the whole queue to the first worker that connects. When the network goes
+//! silent and no connection is closed, missing heartbeats are the only sign: this takes two minutes and more with the
+//! broker's default of 60 seconds, and seconds with `?heartbeat=5` at the end of AMQP_ADDR.
 //!
 //! Try: `cargo lab kill rabbitmq_receive` between "received" and "done", start it again: the task comes back, marked as
 //! redelivered. Press Ctrl-C during the work: the task is finished and acknowledged first.

@@ -2,7 +2,7 @@
 //!
 //! Publishes one persistent message and ends only when the broker has confirmed it. Confirmed means: the queue has it
 //! and a restart of the broker does not lose it. Without a confirm (timeout, lost connection) it may or may not be
-//! there, so sending again gives at least once.
+//! there, so sending again gives at least once: the program says so, and its exit status is 1.
 //!
 //! ```console
 //! $ cargo lab run rabbitmq_send
@@ -31,6 +31,8 @@ const QUEUE: &str = "tasks";
 const REJECTED: &str = "tasks.rejected";
 const PATIENCE: Duration = Duration::from_secs(5);
 const PERSISTENT: u8 = 2;
+const REFUSED: &str = "the broker refused the task";
+const UNCONFIRMED: &str = "no confirmation: the task may or may not be in the queue";
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -53,7 +55,7 @@ async fn main() -> anyhow::Result<()> {
     // A broker that is short of memory or disk stops reading from publishers, which then wait for as long as it lasts.
     timeout(PATIENCE, send(&channel, &body))
         .await
-        .context("no confirmation in time: the task may or may not be in the queue")??;
+        .context(UNCONFIRMED)??;
     println!("sent and confirmed: {body}");
 
     timeout(PATIENCE, connection.close(200, "OK".into()))
@@ -92,27 +94,33 @@ async fn declare_queues(channel: &Channel) -> lapin::Result<()> {
 async fn send(channel: &Channel, body: &str) -> anyhow::Result<()> {
     // The first await hands the message to the connection, the second waits for the broker's answer.
     // The exchange "" routes to the queue that is named like the routing key.
-    let confirmation = channel
-        .basic_publish(
-            "".into(),
-            QUEUE.into(),
-            BasicPublishOptions {
-                mandatory: true,
-                ..BasicPublishOptions::default()
-            },
-            body.as_bytes(),
-            BasicProperties::default()
-                .with_content_type("text/plain".into())
-                .with_delivery_mode(PERSISTENT),
-        )
-        .await?
-        .await?;
+    let options = BasicPublishOptions {
+        mandatory: true,
+        ..BasicPublishOptions::default()
+    };
+    let properties = BasicProperties::default()
+        .with_content_type("text/plain".into())
+        .with_delivery_mode(PERSISTENT);
+    let publish = channel.basic_publish(
+        "".into(),
+        QUEUE.into(),
+        options,
+        body.as_bytes(),
+        properties,
+    );
+    let confirmation = async { publish.await?.await }.await;
+    let confirmation = confirmation.map_err(|error| {
+        // A message that is too large, for example. After any other error, the broker may have it.
+        let refused = error.is_amqp_soft_error();
+        let what = if refused { REFUSED } else { UNCONFIRMED };
+        anyhow::Error::new(error).context(what)
+    })?;
     match confirmation {
         Confirmation::Ack(None) => Ok(()),
         Confirmation::Ack(Some(returned)) => {
             bail!("no queue took the task: {}", returned.reply_text)
         }
-        Confirmation::Nack(_) => bail!("the broker refused the task"),
+        Confirmation::Nack(_) => bail!(REFUSED),
         Confirmation::NotRequested => bail!("confirms are not enabled on this channel"),
     }
 }

@@ -10,6 +10,7 @@ mod idempotent_consumer;
 mod limits;
 mod logs;
 mod monitor;
+mod network;
 mod quorum_queue;
 mod reconnect;
 mod rpc;

@@ -13,7 +13,7 @@ const QUEUE: &str = "reconnect";
 const KILLS: usize = 3;
 
 /// `attempted 5, acked 3, …` of the last line.
-fn books(ended: &Finished) -> Result<BTreeMap<String, u64>> {
+pub fn books(ended: &Finished) -> Result<BTreeMap<String, u64>> {
     let last = ended
         .stdout
         .lines()

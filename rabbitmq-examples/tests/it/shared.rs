@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use compose::harness::{Example, Finished, Running};
+use compose::harness::{Example, Finished, Proxy, Running};
 use compose::{Broker, Service};
 use futures::StreamExt;
 use lapin::message::{BasicGetMessage, Delivery};
@@ -97,6 +97,14 @@ impl Place {
             management,
             connection,
             channel,
+        })
+    }
+
+    /// The same with the address of a proxy for the examples. The place itself looks at the broker directly.
+    pub async fn behind(broker: &Broker, proxy: &Proxy) -> Result<Place> {
+        Ok(Place {
+            address: proxy.address().to_owned(),
+            ..Place::of(broker).await?
         })
     }
 
@@ -211,7 +219,7 @@ impl Place {
         &self,
         queue: &str,
         what: &str,
-        is: impl Fn((u32, u32)) -> bool,
+        mut is: impl FnMut((u32, u32)) -> bool,
     ) -> Result<()> {
         let asking = async {
             while !is(self.state(queue).await?) {
