@@ -42,12 +42,14 @@ use anyhow::{Context as _, bail};
 use async_nats::jetstream::consumer::{PullConsumer, pull};
 use async_nats::jetstream::context::PublishErrorKind;
 use async_nats::jetstream::{self, AckKind, Context, Message, stream};
+use async_nats::{ConnectOptions, Event};
 use futures::{FutureExt, StreamExt};
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 const STREAM: &str = "ORDERS";
 const CONSUMER: &str = "order-processor";
 const ACK_WAIT: Duration = Duration::from_secs(5);
+const PING: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[tokio::main]
@@ -58,9 +60,15 @@ async fn main() -> anyhow::Result<()> {
     let work_ms = work_ms
         .parse()
         .context("WORK_MS is a number of milliseconds")?;
-    let client = async_nats::connect(&url).await.with_context(|| {
-        format!("cannot connect to NATS at {url}; `cargo lab up nats` starts a server")
-    })?;
+    let client = ConnectOptions::new()
+        // Three of them without an answer, and the connection is made anew. By default this takes three minutes.
+        .ping_interval(PING)
+        .event_callback(report_outage)
+        .connect(&url)
+        .await
+        .with_context(|| {
+            format!("cannot connect to NATS at {url}; `cargo lab up nats` starts a server")
+        })?;
     let mut jetstream = jetstream::new(client);
     jetstream.set_timeout(PATIENCE);
     // Whatever the stream's configuration has become: it is jetstream_stream that owns it.
@@ -92,6 +100,15 @@ async fn main() -> anyhow::Result<()> {
         info.num_pending, info.num_ack_pending
     );
     consume(&consumer, Duration::from_millis(work_ms)).await
+}
+
+/// A question without an answer looks like an empty stream. These events do not.
+async fn report_outage(event: Event) {
+    match event {
+        Event::Disconnected => eprintln!("disconnected"),
+        Event::Connected => eprintln!("connected"),
+        _ => {}
+    }
 }
 
 async fn send(jetstream: &Context, orders: &[&str]) -> anyhow::Result<()> {

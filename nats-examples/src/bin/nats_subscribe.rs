@@ -17,7 +17,8 @@
 //! ```
 //!
 //! Notice: `*` stands for exactly one token and `>`, only at the end, for one or more. So `events.user.*` takes
-//! `events.user.created`, but neither `events.user` nor `events.user.email.changed`; `events.>` takes all three.
+//! `events.user.created`, but neither `events.user` nor `events.user.email.changed`; `events.>` takes all three. A network
+//! that goes silent without closing the connection is noticed by pings without an answer; `ping_interval` says how soon.
 //!
 //! Try: stop this program, publish, start it again: nothing arrives. Run it twice: both get every message. Other
 //! patterns: `cargo lab run nats_subscribe 'events.*.created'`, in quotes, or the shell expands the star.
@@ -32,6 +33,7 @@ use async_nats::{ConnectOptions, Event};
 use futures::StreamExt;
 use tokio::time::timeout;
 
+const PING: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[tokio::main]
@@ -40,6 +42,9 @@ async fn main() -> anyhow::Result<()> {
     let pattern = std::env::args().nth(1).unwrap_or_else(|| "events.>".into());
 
     let client = ConnectOptions::new()
+        // A connection on which three pings in a row get no answer is given up, and made anew. Other than a closed one,
+        // there is no other sign of it, and by default this takes three minutes.
+        .ping_interval(PING)
         .event_callback(report_loss)
         .connect(&url)
         .await

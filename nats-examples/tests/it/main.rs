@@ -5,6 +5,7 @@ mod closed_pipe;
 mod core;
 mod jetstream;
 mod nats;
+mod network;
 mod publish_subscribe;
 mod requests;
 mod secure;
