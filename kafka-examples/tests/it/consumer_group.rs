@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use compose::harness::{Example, Running, TIMEOUT};
+use compose::harness::{Example, Proxy, Running, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
@@ -247,6 +247,41 @@ async fn ctrl_c_without_a_broker_ends_with_an_error_and_not_in_a_hang() -> Resul
         "will be processed again",
     ] {
         assert!(ended.stderr.contains(said), "{}", ended.stderr);
+    }
+    Ok(())
+}
+
+/// Far more than the five seconds after which the client gives up a request.
+const NOTICES: Duration = Duration::from_secs(60);
+
+#[tokio::test]
+async fn a_member_notices_that_nothing_comes_through_and_no_order_is_forgotten() -> Result<()> {
+    let (kafka, proxy) = Proxy::in_front_of(Service::Kafka)?;
+    let program = Example::new(env!("CARGO_BIN_EXE_kafka_consumer_group"));
+    let mut member = program.proxy(&proxy).spawn()?;
+    member.wait_for("assigned: [0, 1, 2]", TIMEOUT)?;
+    produce(&kafka, 0..1).await?;
+    for _ in 0..3 {
+        member.wait_for("processed: ", TIMEOUT)?;
+    }
+    proxy.black_hole()?;
+    produce(&kafka, 1..2).await?;
+    member.wait_for("waiting for the broker", NOTICES)?;
+    let lines = member.lines();
+    assert!(!lines.iter().any(|line| line.contains("-1")), "{lines:?}");
+    proxy.heal()?;
+    let deadline = Instant::now() + TIMEOUT;
+    while committed(&kafka)?.values().any(|position| *position < 2) {
+        ensure!(Instant::now() < deadline, "{:?}", member.lines());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    member.interrupt()?;
+    let said = member.wait(TIMEOUT)?.ok()?.stdout;
+    for partition in 0..3 {
+        assert!(
+            said.contains(&format!("processed: {partition}-1")),
+            "{said}"
+        );
     }
     Ok(())
 }

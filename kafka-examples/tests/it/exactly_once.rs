@@ -3,15 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running, TIMEOUT};
+use anyhow::{Context, Result, bail, ensure};
+use compose::harness::{Direction, Example, Proxy, Running, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::Headers;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
-use crate::reader::{read, send_large};
+use crate::ending::is_ending;
+use crate::reader::{await_markers, read, send_large};
 use crate::shared;
 
 const ORDERS: &str = "exactly-once.orders";
@@ -21,12 +22,14 @@ const USERS: u32 = 7;
 
 /// Slow, so that at nearly every moment a transaction is open, with some of it written.
 fn worker(kafka: &Broker) -> Result<Running> {
+    slow_worker().broker(kafka).spawn()
+}
+
+fn slow_worker() -> Example {
     Example::new(env!("CARGO_BIN_EXE_kafka_exactly_once"))
         .env("WORK_MS", "2")
         .env("BATCH", "50")
         .env("BATCH_MS", "50")
-        .broker(kafka)
-        .spawn()
 }
 
 fn create_topics(kafka: &Broker) -> Result<()> {
@@ -307,4 +310,71 @@ async fn more_work_than_a_transaction_may_take_is_committed_in_parts() -> Result
     worker.interrupt()?;
     worker.wait(TIMEOUT)?.ok()?;
     check(&kafka, 0..100)
+}
+
+/// Each time, the worker gets no answer to its commit, and cannot know which of the two it was.
+#[tokio::test]
+async fn each_order_once_although_the_end_of_a_transaction_is_cut_off() -> Result<()> {
+    let (kafka, proxy) = Proxy::in_front_of(Service::Kafka)?;
+    create_topics(&kafka)?;
+    produce_orders(&kafka, 0..1500).await?;
+    let mut worker = slow_worker().proxy(&proxy).spawn()?;
+    worker.wait_for("committed: ", TIMEOUT)?;
+
+    cut_off(&kafka, &proxy, &mut worker, Direction::ToClient, |worker| {
+        // The end has arrived, and its answer has not.
+        await_markers(&kafka, INVOICES)?;
+        let there = read(&kafka, INVOICES, "read_committed")?.len();
+        Ok(there > said_to_be_committed(worker))
+    })?;
+    cut_off(&kafka, &proxy, &mut worker, Direction::ToBroker, |_| {
+        // All but the end has arrived.
+        is_ending(&kafka)
+    })?;
+
+    wait_until_done(&kafka, &mut worker)?;
+    worker.interrupt()?;
+    worker.wait(TIMEOUT)?.ok()?;
+    check(&kafka, 0..1500)?;
+    // Without an end, a transaction is aborted. Whoever does not ask for `read_committed` sees what it has written.
+    let all = read(&kafka, INVOICES, "read_uncommitted")?.len();
+    assert!(all > 1500, "no end was cut off: {all}");
+    Ok(())
+}
+
+/// Swallows one direction while the end of a transaction is on its way, until the worker gives up; again, until the fault
+/// was such that `holds`.
+fn cut_off(
+    kafka: &Broker,
+    proxy: &Proxy,
+    worker: &mut Running,
+    direction: Direction,
+    holds: impl Fn(&mut Running) -> Result<bool>,
+) -> Result<()> {
+    // On a busy machine, the fault may come too late for the end, and hit the beginning of the next one.
+    for _ in 0..5 {
+        // So long there is time between what the worker has sent before the end, and the end.
+        proxy.delay(Direction::ToBroker, Duration::from_secs(1))?;
+        let deadline = Instant::now() + TIMEOUT;
+        while !is_ending(kafka)? {
+            ensure!(Instant::now() < deadline, "no transaction ends");
+        }
+        proxy.swallow(direction)?;
+        worker.wait_for("beginning again from what is committed", TIMEOUT)?;
+        let hit = holds(worker)?;
+        proxy.heal()?;
+        worker.wait_for("committed: ", TIMEOUT)?;
+        if hit {
+            return Ok(());
+        }
+    }
+    bail!("however early the fault, it was too late")
+}
+
+fn said_to_be_committed(worker: &mut Running) -> usize {
+    let count = |line: &String| {
+        let (count, _) = line.strip_prefix("committed: ")?.split_once(' ')?;
+        count.parse::<usize>().ok()
+    };
+    worker.lines().iter().filter_map(count).sum()
 }

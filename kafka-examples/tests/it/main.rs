@@ -8,6 +8,7 @@ mod closed_pipe;
 mod compacted_table;
 mod compression;
 mod consumer_group;
+mod ending;
 mod exactly_once;
 mod headers_schema;
 mod idempotent_consumer;

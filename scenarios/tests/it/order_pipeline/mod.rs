@@ -3,6 +3,7 @@
 mod checker;
 mod inputs;
 mod kills;
+mod network;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
