@@ -4,6 +4,7 @@ mod backlog_monitor;
 mod broker_absent;
 mod closed_pipe;
 mod idempotent_consumer;
+mod network;
 mod operations;
 mod producer_consumer;
 mod reading;

@@ -13,6 +13,8 @@ use crate::ending::is_ending;
 
 const ORDERS: usize = 600;
 const DECLINED: &str = "order-pipeline.orders.payment-declined";
+/// How late the requests are: so long there is time between what a stage sends before the end, and the end.
+const LATE: Duration = Duration::from_millis(500);
 
 /// Payment has no answer to its commit, and cannot know whether it was carried out. Once it was, and once not.
 #[test]
@@ -44,6 +46,7 @@ fn a_transaction_whose_end_is_cut_off_loses_and_repeats_nothing() -> Result<()> 
         is_ending(&kafka)
     })?;
 
+    proxy.heal()?;
     let mut others = [start(&["inventory"])?, start(&["shipping"])?];
     start(&["audit"])?.wait(TIMEOUT)?.ok()?;
     for stage in others.iter_mut().chain([&mut payment]) {
@@ -72,10 +75,9 @@ fn cut_off(
     direction: Direction,
     holds: impl Fn() -> Result<bool>,
 ) -> Result<()> {
+    proxy.delay(Direction::ToBroker, LATE)?;
     // On a busy machine, the fault may come too late for the end, and hit the beginning of the next one.
     for _ in 0..5 {
-        // So long there is time between what the stage has sent before the end, and the end.
-        proxy.delay(Direction::ToBroker, Duration::from_secs(1))?;
         let deadline = Instant::now() + TIMEOUT;
         while !is_ending(kafka)? {
             ensure!(Instant::now() < deadline, "no transaction ends");
@@ -84,6 +86,8 @@ fn cut_off(
         stage.wait_for("payment: interrupted", TIMEOUT)?;
         let hit = holds()?;
         proxy.heal()?;
+        // At once, or all is done before the next fault.
+        proxy.delay(Direction::ToBroker, LATE)?;
         stage.wait_for("payment: going on", TIMEOUT)?;
         if hit {
             return Ok(());
