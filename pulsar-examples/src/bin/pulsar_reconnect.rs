@@ -30,10 +30,11 @@
 //!
 //! Notice: the client reconnects by itself, up to a point. A consumer whose attempt fails ends its stream, and a loop
 //! that takes that for a normal end has stopped without an error. One that waits for an answer that will never come
-//! says nothing at all, hence the question after each silence. A client is not repaired but replaced: an attempt
-//! to connect that is cancelled leaves the next ones waiting for it. `send` and `ack` take `&mut self`, so each side is
-//! one task, and others talk to it through a channel. Each run has a subscription of its own, and takes it away at its
-//! end; one that is killed leaves it behind, and with it a backlog that grows (pulsar_backlog_monitor).
+//! says nothing at all, hence the question after each silence. A client is not repaired but replaced: an attempt to
+//! connect that is cancelled leaves the next ones waiting for it. It has to be dropped: a consumer that is only closed
+//! subscribes again after a short fault. `send` and `ack` take `&mut self`, so each side is one task, and others talk
+//! to it through a channel. Each run has a subscription of its own, and takes it away at its end; one that is killed
+//! leaves it behind, and with it a backlog that grows (pulsar_backlog_monitor).
 //!
 //! Try: `cargo lab pause pulsar`: the connections stay, nothing answers. It takes the keep-alive and its timeout to
 //! notice.
@@ -83,6 +84,9 @@ async fn main() -> anyhow::Result<()> {
     // It makes the topic, too, on a broker that may be starting.
     let mut consumer = subscribe(&pulsar, &run, 4 * PATIENCE).await?;
     consumer.close().await?;
+    // Closing is not enough. When the connection is lost, the client subscribes again for a closed consumer that is not
+    // dropped. It could become the active one, and nobody would read its ticks.
+    drop(consumer);
     drop(pulsar);
     let (ticks, to_send) = channel(1000);
     let (events, mut happened) = unbounded_channel();

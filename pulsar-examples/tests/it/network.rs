@@ -1,16 +1,20 @@
 //! The network between client and broker fails, and the broker does not.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use compose::harness::{Direction, Example, Finished, Proxy, Running};
 use compose::{Broker, Service};
 use pulsar::{Consumer, TokioExecutor};
 
-use crate::support::{TIMEOUT, backlog, client, consumer, next, send, stats, stop, topic, until};
+use crate::support::{
+    TIMEOUT, backlog, client, consumer, next, numbers, send, stats, stop, topic, until,
+};
 
 const PRODUCER: &str = env!("CARGO_BIN_EXE_pulsar_producer");
 const CONSUMER: &str = env!("CARGO_BIN_EXE_pulsar_consumer");
+const RECONNECT: &str = env!("CARGO_BIN_EXE_pulsar_reconnect");
 
 /// How late the broker's answers are: so long there is time to see a message in the topic before its receipt arrives.
 const LATE: Duration = Duration::from_millis(700);
@@ -86,6 +90,65 @@ async fn lose_a_receipt(broker: &Broker, proxy: &Proxy, topic: &str) -> Result<F
         proxy.heal()?;
     }
     bail!("however early the fault, the producer has got its receipt, or does without")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tick_without_a_receipt_is_sent_again_and_all_are_received() -> Result<()> {
+    let (broker, proxy) = Proxy::in_front_of(Service::Pulsar)?;
+    let ticks = topic("reconnect-ticks");
+    subscribe(&broker, &ticks).await?;
+    let mut program = start(RECONNECT, &proxy)?;
+    for _ in 0..5 {
+        program.wait_for("received: tick", TIMEOUT)?;
+    }
+    let subscription = subscription_of_the_run(&broker, &ticks).await?;
+    proxy.swallow(Direction::ToClient)?;
+    program.wait_for("producer: made anew", TIMEOUT)?;
+    // Healed early, while the client still tries to get its lost connections back by itself.
+    proxy.heal()?;
+    program.wait_for("stored: tick", TIMEOUT)?;
+    until("what came during the fault is read", async || {
+        Ok(backlog(&broker, &ticks, &subscription).await? == 0)
+    })
+    .await?;
+    let newest = numbers(&program.lines(), "received: tick ")
+        .into_iter()
+        .max();
+    let later = newest.context("no ticks")? + 30;
+    program.wait_for(&format!("received: tick {later}"), TIMEOUT)?;
+    // By now, a consumer that was thrown away would have come back.
+    let stats = stats(&broker, &ticks).await?;
+    let consumers = &stats["subscriptions"][&subscription]["consumers"];
+    assert_eq!(consumers.as_array().map(Vec::len), Some(1), "{consumers}");
+
+    let said = stop(&mut program)?;
+    let last = said.lines().last().unwrap_or_default();
+    assert!(last.contains(" indeterminate 0 /"), "{last}");
+    assert!(last.ends_with(" lost 0 / unexpected 0"), "{last}");
+    let lines: Vec<String> = said.lines().map(str::to_owned).collect();
+    let all = |prefix| -> BTreeSet<u32> { numbers(&lines, prefix).into_iter().collect() };
+    let mut there: BTreeMap<u32, u32> = BTreeMap::new();
+    for tick in read(&broker, &ticks).await? {
+        let number = tick.rsplit(' ').next().context("no number")?.parse()?;
+        *there.entry(number).or_default() += 1;
+    }
+    let stored: BTreeSet<u32> = there.keys().copied().collect();
+    assert_eq!(all("stored: tick "), stored);
+    assert_eq!(all("received: tick "), stored);
+    // What is there twice was stored when its receipt was lost.
+    let twice = there.values().any(|count| *count > 1);
+    assert!(twice, "no receipt was lost");
+    Ok(())
+}
+
+async fn subscription_of_the_run(broker: &Broker, topic: &str) -> Result<String> {
+    let stats = stats(broker, topic).await?;
+    let mut names = stats["subscriptions"]
+        .as_object()
+        .into_iter()
+        .flat_map(serde_json::Map::keys);
+    let name = names.find(|name| name.starts_with("reconnect-ticks-"));
+    name.cloned().context("the run has no subscription")
 }
 
 #[tokio::test(flavor = "multi_thread")]
