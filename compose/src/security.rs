@@ -112,8 +112,7 @@ impl Security {
 
     /// What is in one of the files.
     pub(crate) fn secret(&self, file: &str) -> Result<String> {
-        let path = self.path(file);
-        fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
+        read(self.path(file))
     }
 
     /// The path of a file, whether it is there or not. It has no sign in it that a configuration or a shell would take
@@ -133,9 +132,7 @@ impl Security {
                 .iter()
                 .any(|end| path.extension() == Some(end.as_ref()))
             {
-                let secret = fs::read_to_string(&path)
-                    .with_context(|| format!("cannot read {}", path.display()))?;
-                text = text.replace(&secret, &format!("$(cat '{}')", path.display()));
+                text = text.replace(&read(&path)?, &format!("$(cat '{}')", path.display()));
             }
         }
         Ok(text)
@@ -163,6 +160,12 @@ pub(crate) fn without_password(addresses: &str) -> String {
     text
 }
 
+/// What is in a file.
+pub(crate) fn read(path: impl AsRef<Path>) -> Result<String> {
+    let path = path.as_ref();
+    fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
 /// Writes a file that only its owner can read.
 pub(crate) fn write(path: impl AsRef<Path>, text: &str) -> Result<()> {
     let path = path.as_ref();
@@ -177,7 +180,7 @@ pub(crate) fn write(path: impl AsRef<Path>, text: &str) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Makes a folder that only its owner can look into, or makes one such.
+/// Makes a folder that only its owner can look into. One that is there becomes such a folder.
 pub(crate) fn create_private_folder(path: &Path) -> Result<()> {
     fs::create_dir_all(path)
         .and_then(|()| fs::set_permissions(path, Permissions::from_mode(0o700)))

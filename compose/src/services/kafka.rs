@@ -17,7 +17,7 @@ use crate::fetch::maven::Jars;
 use crate::home::Home;
 use crate::ports;
 use crate::probe::Greeting;
-use crate::security::{self, Security, User};
+use crate::security::{self, BROKER, Security, User};
 
 pub(super) struct Kafka;
 
@@ -94,21 +94,22 @@ impl Spec for Kafka {
                 &properties,
                 &fill(include_str!("../../kafka/server.properties"), &values)?,
             )?;
-            let mut format = jvm.command(&folder, &["*"], &["-Xmx128m"])?;
-            format
-                .args(["kafka.tools.StorageTool", "format", "--ignore-formatted"])
-                .args(["-t", &cluster, "-c"])
-                .arg(&properties);
-            if let Some(security) = site.security {
-                format.arg(format!("@{}", passwords(security)?));
-            }
             let mut run = jvm.command(&folder, &["*"], &["-Xmx512m"])?;
             run.args(jvm.archive_option(node));
             run.arg("kafka.Kafka").arg(&properties);
-            nodes.push(Node {
-                first: (!data.join("meta.properties").exists()).then_some(format),
-                ..node.node(run)
-            });
+            let mut node = node.node(run);
+            if !data.join("meta.properties").exists() {
+                let mut format = jvm.command(&folder, &["*"], &["-Xmx128m"])?;
+                format
+                    .args(["kafka.tools.StorageTool", "format", "--ignore-formatted"])
+                    .args(["-t", &cluster, "-c"])
+                    .arg(&properties);
+                if let Some(security) = site.security {
+                    format.arg(format!("@{}", passwords(security)?));
+                }
+                node.first = Some(format);
+            }
+            nodes.push(node);
         }
         let grants = match site.security {
             Some(security) => grants(&jvm, site, &nodes, security)?,
@@ -162,8 +163,8 @@ fn secured(node: &NodePorts, security: Option<&Security>) -> Result<String> {
     };
     // Kafka takes key and certificate from one file.
     let store = security.path("broker.pem");
-    let pem = security.secret("certificates/broker.key")?
-        + &security.secret("certificates/broker.pem")?;
+    let pem =
+        security::read(security.key(BROKER))? + &security::read(security.certificate(BROKER))?;
     security::write(&store, &pem)?;
     let values = [
         ("port", node.client.to_string()),

@@ -113,7 +113,7 @@ impl Spec for Nats {
                 ("secured", secured.clone()),
             ];
             let conf = folder.join("server.conf");
-            // There are passwords in it.
+            // If it is secured, there are passwords in it.
             security::write(
                 &conf,
                 &fill(include_str!("../../nats/server.conf"), &values)?,
