@@ -61,7 +61,8 @@ async fn main() -> anyhow::Result<()> {
         .parse()
         .context("WORK_MS is a number of milliseconds")?;
     let client = ConnectOptions::new()
-        // Three of them without an answer, and the connection is made anew. By default this takes three minutes.
+        // After three pings without an answer, the client connects again. With the default interval this takes three
+        // minutes.
         .ping_interval(PING)
         .event_callback(report_outage)
         .connect(&url)

@@ -42,8 +42,8 @@ async fn main() -> anyhow::Result<()> {
     let pattern = std::env::args().nth(1).unwrap_or_else(|| "events.>".into());
 
     let client = ConnectOptions::new()
-        // A connection on which three pings in a row get no answer is given up, and made anew. Other than a closed one,
-        // there is no other sign of it, and by default this takes three minutes.
+        // After three pings without an answer, the client connects again. Nothing else shows that a connection is dead
+        // if nobody closes it, and with the default interval this takes three minutes.
         .ping_interval(PING)
         .event_callback(report_loss)
         .connect(&url)
