@@ -1,5 +1,6 @@
 //! What each example must do where no broker is, and where nobody reads what it prints.
 
+use std::fmt::Display;
 use std::time::{Duration, Instant};
 use std::{iter, thread};
 
@@ -8,15 +9,28 @@ use anyhow::{Result, ensure};
 use super::{Example, TIMEOUT};
 use crate::Service;
 
+/// As [`without_broker`], for programs that take no arguments.
+///
+/// # Errors
+/// As there.
+///
+/// # Panics
+/// As there.
+pub fn broker_absent(service: Service, programs: &[&str]) -> Result<()> {
+    let examples = programs.iter().map(|path| (*path, Example::new(path)));
+    without_broker(service, examples.collect())
+}
+
 /// Starts each program where no broker listens, and requires that it ends with status 1 and one error, which names the
-/// address and the command that starts the service, with nothing printed before, and without hanging.
+/// address and the command that starts the service, with nothing printed before, except for the client's own log, and
+/// without hanging. The text names the program when it fails.
 ///
 /// # Errors
 /// A program cannot be started, or does not end in time.
 ///
 /// # Panics
 /// A program ends in another way.
-pub fn broker_absent(service: Service, programs: &[&str]) -> Result<()> {
+pub fn without_broker(service: Service, examples: Vec<(impl Display, Example)>) -> Result<()> {
     // For all together: each takes a few seconds, but there may be thirty, and other tests beside them.
     const LIMIT: Duration = Duration::from_secs(60);
     // Claimed, so that nobody listens there while the programs try.
@@ -25,8 +39,8 @@ pub fn broker_absent(service: Service, programs: &[&str]) -> Result<()> {
     let started = Instant::now();
     let mut running = Vec::new();
     // All at once: most of their time is waiting.
-    for program in programs {
-        let example = Example::new(program).env(service.variable(), &address);
+    for (program, example) in examples {
+        let example = example.env(service.variable(), &address);
         running.push((program, example.spawn()?));
     }
     for (program, mut process) in running {
@@ -44,13 +58,22 @@ pub fn broker_absent(service: Service, programs: &[&str]) -> Result<()> {
         assert!(stderr.contains(place), "{program}: {stderr}");
         let advice = format!("cargo lab up {service}");
         assert!(stderr.contains(&advice), "{program}: {stderr}");
+        let mut before = stderr
+            .lines()
+            .take_while(|line| !line.starts_with("Error: "));
         assert!(
-            stderr.starts_with("Error: "),
+            before.all(is_log) && stderr.contains("Error: "),
             "{program} wrote before: {stderr}"
         );
         assert_eq!(ended.stdout, "", "{program}");
     }
     Ok(())
+}
+
+/// A line of `tracing_subscriber`: `2026-01-31T12:00:00.000000Z ERROR rdkafka::client: …`
+fn is_log(line: &str) -> bool {
+    let mut words = line.split_whitespace();
+    words.next().is_some_and(|time| time.ends_with('Z')) && words.next() == Some("ERROR")
 }
 
 /// A program with its arguments, see [`call!`](crate::call).

@@ -50,8 +50,11 @@ fn let_interrupts_through() {
 impl Example {
     /// A program by its path, in a test `env!("CARGO_BIN_EXE_…")`. Its standard input is empty.
     pub fn new(program: impl AsRef<Path>) -> Example {
+        let mut command = Command::new(program.as_ref());
+        // Built with the whole workspace, the log of an example can have colours.
+        command.env("NO_COLOR", "1");
         Example {
-            command: Command::new(program.as_ref()),
+            command,
             stdin: Input::Bytes(Vec::new()),
         }
     }

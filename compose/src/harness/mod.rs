@@ -39,7 +39,7 @@ use anyhow::{Context, Result};
 
 pub use crate::probe::http_get;
 pub use crate::workspace::{ExampleInfo, Workspace};
-pub use checks::{Call, broker_absent, closed_pipe, names};
+pub use checks::{Call, broker_absent, closed_pipe, names, without_broker};
 pub use example::{Example, Finished, Running, handles};
 pub use kafka_record::produce_kafka_record;
 pub use kafka_tool::kafka_tool;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use anyhow::{Result, anyhow};
 
 use super::transcript::Transcript;
+use super::transcripts::private_broker;
 use crate::workspace::ExampleInfo;
 use crate::{Broker, Service};
 
@@ -55,13 +56,14 @@ impl Pool {
     ) -> Result<Vec<Arc<Broker>>> {
         let transcripts = Transcript::parse(&example.header, example.header_line)?;
         let is_shared = example.nodes == 1
+            && !example.secure
             && !alone.contains(&example.name.as_str())
             && !transcripts.iter().any(Transcript::breaks_a_broker);
         let programs: BTreeSet<&str> = transcripts.iter().flat_map(Transcript::programs).collect();
         let programs: Vec<&str> = programs.into_iter().collect();
         let broker = |name: &String| match name.parse::<Service>()? {
             service if is_shared && service == self.service => self.lend(&programs),
-            service => Ok(Arc::new(Broker::private_cluster(service, example.nodes)?)),
+            service => private_broker(service, example),
         };
         example.services.iter().map(broker).collect()
     }

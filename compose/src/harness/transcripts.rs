@@ -10,7 +10,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use super::TIMEOUT;
 use super::transcript::{Failure, Fault, Stage, Transcript};
 use crate::workspace::{ExampleInfo, Workspace};
-use crate::{Broker, Service};
+use crate::{Broker, Service, User};
 
 /// How many transcripts run side by side, unless `--test-threads` says otherwise. Most of their time is a broker's start,
 /// and waiting for what they show.
@@ -51,9 +51,23 @@ pub fn transcripts(
 /// # Errors
 /// The manifest names a service that does not exist, or a broker does not start.
 pub fn private_brokers(example: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
-    let broker = |name: &String| Broker::private_cluster(name.parse::<Service>()?, example.nodes);
-    let brokers = example.services.iter().map(broker);
-    brokers.map(|broker| broker.map(Arc::new)).collect()
+    let services = example.services.iter();
+    services
+        .map(|name| private_broker(name.parse()?, example))
+        .collect()
+}
+
+fn is_secured(example: &ExampleInfo, service: Service) -> bool {
+    example.secure && service.spec().facts().secured.is_some()
+}
+
+pub(super) fn private_broker(service: Service, example: &ExampleInfo) -> Result<Arc<Broker>> {
+    let broker = if is_secured(example, service) {
+        Broker::secure(service)
+    } else {
+        Broker::private_cluster(service, example.nodes)
+    };
+    broker.map(Arc::new)
 }
 
 fn tests(
@@ -126,7 +140,13 @@ impl Package {
         let brokers = supply(example)
             .context("no broker for the transcript")
             .map_err(fail)?;
-        let env: Vec<_> = brokers.iter().flat_map(|broker| broker.env()).collect();
+        let env = brokers
+            .iter()
+            .map(|broker| match is_secured(example, broker.service()) {
+                true => broker.secured_env(User::Application),
+                false => Ok(broker.env()),
+            });
+        let env = env.collect::<Result<Vec<_>>>().map_err(fail)?.concat();
         let folder = tempfile::tempdir()
             .context("cannot make a temporary folder")
             .map_err(fail)?;
@@ -170,6 +190,7 @@ mod tests {
             source: PathBuf::from(format!("/workspace/src/bin/{name}.rs")),
             services: Vec::new(),
             nodes: 1,
+            secure: false,
             features: Vec::new(),
             header: header.to_owned(),
             header_line: 3,

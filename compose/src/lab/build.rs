@@ -10,7 +10,7 @@ use cargo_metadata::Message;
 
 use crate::process::Supervised;
 use crate::terminal::{Progress, say};
-use crate::workspace::Workspace;
+use crate::workspace::{SECURE, Workspace};
 
 /// Cargo's own output goes to the terminal as it is; unless a broker is being `fetched` at the same time, and both would
 /// draw on the same line.
@@ -46,6 +46,11 @@ pub(super) fn build(
         // The features of dependencies are then those that all packages together want: what `cargo test --workspace` has
         // built is used, and not built a second time.
         command.arg("--workspace");
+        if example.features.iter().any(|feature| feature == SECURE)
+            || workspace.is_built_with_tls(release)
+        {
+            command.args(["--features", &workspace.secure_features().join(",")]);
+        }
     } else {
         // The default features of a package are those of all its binaries, and bring crates that this one does not use.
         command.args(["--package", &example.package, "--no-default-features"]);

@@ -235,6 +235,13 @@ fn new(name: &str, path: &Path) -> Result<()> {
         let place = format!("{}:{}", file.display(), constant.line);
         writeln!(text, "  {place}  {}", constant.text)?;
     }
+    for companion in workspace.companions(example) {
+        let name = &companion.name;
+        writeln!(
+            text,
+            "`cargo run --bin {name}` there is the {name} of its header"
+        )?;
+    }
     for service in &example.services {
         let variable = service.parse::<Service>()?.variable();
         writeln!(text, "the address of {service} is read from {variable}")?;

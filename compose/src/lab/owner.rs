@@ -99,6 +99,13 @@ impl Owner {
         Ok(())
     }
 
+    /// How to connect to a service that this process runs; empty if it is not secured.
+    pub(super) fn access(&self, service: Service) -> Vec<Access> {
+        let held = self.lock();
+        held.get(&service)
+            .map_or_else(Vec::new, |held| held.access.clone())
+    }
+
     /// The environment for an example.
     pub(super) fn env(&self) -> Vec<(String, String)> {
         self.lock()

@@ -2,19 +2,21 @@
 //!
 //! Find the example, choose where each of its brokers comes from, obtain what is missing, start, watch.
 
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
 use super::origin::Origin;
 use super::owner::Owner;
 use super::{build, interrupt};
 use crate::Service;
-use crate::broker::Wish;
+use crate::broker::{Access, Wish};
 use crate::home::Home;
+use crate::security::User;
 use crate::terminal::{page, say};
 use crate::workspace::Workspace;
 
@@ -70,8 +72,11 @@ pub(super) fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode
 
     let owner = Owner::new(home.clone(), format!("run {name}"))?;
     let mut environment = Vec::new();
+    // For a shell to read: how the application connects to a secured broker.
+    let mut access = Vec::new();
     let mut mocked = false;
     for (service, mut origin) in origins {
+        let secure = example.secure && service.spec().facts().secured.is_some();
         // That was minutes ago, if much had to be built.
         if !origin.holds(&home, service)? {
             origin = Origin::choose(&home, service)?;
@@ -89,16 +94,35 @@ pub(super) fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode
                 if !entry.access.is_empty() {
                     say!("{service} is secured; {name} has the rights of the application");
                 }
+                if secure {
+                    access.push(application(&entry.access).with_context(|| {
+                        format!(
+                            "{name} needs {service} with TLS, and the one that runs is without; \
+                             `cargo lab down {service}` stops that, and `cargo lab up {service} --secure` starts another"
+                        )
+                    })?);
+                }
                 environment.extend(entry.env);
             }
+            Origin::Port(address) if secure => bail!(
+                "{name} needs {service} with TLS, and `lab` does not know how to log in at {address}; set {} and what \
+                 else the header of {name} names, or stop what listens there",
+                service.variable()
+            ),
             Origin::Port(address) => environment.push((service.variable().to_owned(), address)),
             Origin::Start(backend, lease) => {
                 let wish = Wish {
                     nodes: example.nodes,
                     fresh: false,
-                    secure: false,
+                    secure,
                 };
                 owner.start(service, backend, lease, wish)?;
+                if secure {
+                    let started = owner.access(service);
+                    access.push(
+                        application(&started).context("a secured broker says how to connect")?,
+                    );
+                }
             }
         }
     }
@@ -110,7 +134,7 @@ pub(super) fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode
     }
 
     interrupt::attend();
-    let mut command = Command::new(&program);
+    let mut command = with_access(&access, &program);
     command.args(args).envs(environment);
     owner.launch(name, &mut command)?;
     let mut interrupts = 0;
@@ -142,6 +166,25 @@ pub(super) fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode
             Ok(ExitCode::FAILURE)
         }
     }
+}
+
+/// The file that says how the application connects with TLS.
+fn application(access: &[Access]) -> Option<String> {
+    let title = format!("as the {}", User::Application);
+    let access = access.iter().find(|one| one.title.ends_with(&title));
+    access.map(|one| one.file.clone())
+}
+
+/// The program, in a shell that has read these files: a secret stands in none of them, but in a file of its own.
+fn with_access(files: &[String], program: &Path) -> Command {
+    if files.is_empty() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("/bin/sh");
+    let script = r#"while [ "$1" != -- ]; do . "$1" || exit; shift; done; shift; exec "$@""#;
+    command.args(["-c", script, "sh"]);
+    command.args(files).arg("--").arg(program);
+    command
 }
 
 /// Whether this process is in the foreground of a terminal, which sends a Ctrl-C to all of its group.

@@ -189,7 +189,8 @@ fn passwords(security: &Security) -> Result<String> {
     Ok(path)
 }
 
-/// What allows the application, and whoever comes without TLS, to read and to write, and to create nothing.
+/// What allows the application, and whoever comes without TLS, to read and to write. With TLS the application may also
+/// create topics whose names begin with `secure-`, and no others.
 fn grants(jvm: &Jvm, site: &Site, nodes: &[Node], security: &Security) -> Result<Vec<Grant>> {
     // For Kafka's own tools, after --command-config.
     let config = |user: User| security.path(&format!("{user}.properties"));
@@ -199,11 +200,23 @@ fn grants(jvm: &Jvm, site: &Site, nodes: &[Node], security: &Security) -> Result
         security::write(config(user), &properties)?;
     }
     let mut grants = Vec::new();
-    let resources: [(&str, &[&str]); 2] = [
-        ("Read", &["--topic", "*", "--group", "*"]),
-        ("Write", &["--topic", "*", "--transactional-id", "*"]),
+    let application = User::Application.to_string();
+    let with_or_without_tls = ["ANONYMOUS", &application];
+    let own_topics = ["--topic", "secure-", "--resource-pattern-type", "prefixed"];
+    let rules: [(&str, &[&str], &[&str]); 3] = [
+        (
+            "Read",
+            &with_or_without_tls,
+            &["--topic", "*", "--group", "*"],
+        ),
+        (
+            "Write",
+            &with_or_without_tls,
+            &["--topic", "*", "--transactional-id", "*"],
+        ),
+        ("Create", &[&application], &own_topics),
     ];
-    for (operation, resources) in resources {
+    for (operation, principals, resources) in rules {
         let folder = site.folder.join(operation);
         fs::create_dir_all(&folder)
             .with_context(|| format!("cannot create {}", folder.display()))?;
@@ -213,7 +226,7 @@ fn grants(jvm: &Jvm, site: &Site, nodes: &[Node], security: &Security) -> Result
             .args(["--bootstrap-server", &secured_hosts(nodes)])
             .arg("--command-config")
             .arg(config(User::Administrator));
-        for principal in ["ANONYMOUS".to_owned(), User::Application.to_string()] {
+        for principal in principals {
             command
                 .arg("--allow-principal")
                 .arg(format!("User:{principal}"));

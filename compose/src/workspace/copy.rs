@@ -16,6 +16,9 @@ use crate::files;
 const NEEDS_PROTOC: &str = "pulsar";
 const BRINGS_PROTOC: &str = "protoc-bin-vendored";
 
+/// The feature with which a package's client can connect to a secured broker, if that takes one.
+pub(crate) const SECURE: &str = "secure";
+
 /// As in the workspace's own configuration.
 const CONFIG: &str = r#"[env]
 # An error an example ends with is for its user: one readable chain of causes. A panic still shows its backtrace.
@@ -71,8 +74,23 @@ fn is_name(line: &str) -> bool {
 }
 
 impl Workspace {
-    /// Writes a stand-alone Cargo project into `path`: the example as `src/main.rs`, word for word, and the crates
-    /// that it uses with the versions and features they have here.
+    /// The other examples of its package that the transcripts of an example run, such as the one that feeds it.
+    pub(crate) fn companions(&self, example: &ExampleInfo) -> Vec<&ExampleInfo> {
+        let words: Vec<&str> = example.header.split_whitespace().collect();
+        let runs = |name: &str| {
+            words
+                .windows(4)
+                .any(|at| at == ["cargo", "lab", "run", name])
+        };
+        let others = self.examples.iter().filter(|other| {
+            other.package == example.package && other.name != example.name && runs(&other.name)
+        });
+        others.collect()
+    }
+
+    /// Writes a stand-alone Cargo project into `path`: the example as `src/main.rs`, word for word, its
+    /// [companions](Workspace::companions) in `src/bin`, and the crates that these use with the versions and features
+    /// they have here.
     ///
     /// # Errors
     /// No example has this name, `path` is a file or a folder that is not empty, the example uses code of this
@@ -81,7 +99,19 @@ impl Workspace {
         let example = self.find(name)?;
         check_vacant(path)?;
         let package = self.cargo_package(&example.package)?;
-        let sources = sources(example)?;
+        let mut sources = sources(example)?;
+        let companions = self.companions(example);
+        for companion in &companions {
+            let folder = Path::new("bin");
+            for (file, text) in self::sources(companion)? {
+                let place = if file == Path::new("main.rs") {
+                    folder.join(&companion.name).with_extension("rs")
+                } else {
+                    bail!("{} has several files, and {name} runs it", companion.name);
+                };
+                sources.insert(place, text);
+            }
+        }
         let dependencies = dependencies(package, &sources)?;
         for dependency in &dependencies {
             ensure!(
@@ -96,7 +126,7 @@ impl Workspace {
 
         write(
             &path.join("Cargo.toml"),
-            &manifest(package, name, &dependencies)?,
+            &manifest(package, example, !companions.is_empty(), &dependencies)?,
         )?;
         // Cargo drops what the project does not use, and keeps the versions that were tested.
         let lock = self.root.join("Cargo.lock");
@@ -183,6 +213,9 @@ fn read(path: &Path) -> Result<String> {
 pub(super) fn features(package: &Package, example: &ExampleInfo) -> Result<Vec<String>> {
     let sources = sources(example)?;
     let mut required = BTreeSet::new();
+    if example.secure && package.features.contains_key(SECURE) {
+        required.insert(SECURE.to_owned());
+    }
     for (feature, brought) in &package.features {
         let mut crates = brought.iter().filter_map(|entry| entry.split_once('/'));
         if crates.any(|(name, _)| {
@@ -251,13 +284,22 @@ fn dependencies<'a>(
     Ok(used.map(|(_, dependency)| *dependency).collect())
 }
 
-fn manifest(package: &Package, name: &str, dependencies: &[&Dependency]) -> Result<String> {
+fn manifest(
+    package: &Package,
+    example: &ExampleInfo,
+    has_companions: bool,
+    dependencies: &[&Dependency],
+) -> Result<String> {
+    let name = &example.name;
     let mut text = String::new();
     write!(
         text,
         "[package]\nname = {name:?}\nversion = \"0.1.0\"\nedition = \"{}\"\n",
         package.edition
     )?;
+    if has_companions {
+        writeln!(text, "default-run = {name:?}")?;
+    }
     if let Some(version) = &package.rust_version {
         // Cargo reports 1.89 as 1.89.0; the two mean the same.
         writeln!(text, "rust-version = \"{version}\"")?;
@@ -283,7 +325,7 @@ fn manifest(package: &Package, name: &str, dependencies: &[&Dependency]) -> Resu
                 )?;
                 writeln!(text, "# See .cargo/config.toml.")?;
             }
-            writeln!(text, "{}", requirement(package, dependency))?;
+            writeln!(text, "{}", requirement(package, example, dependency))?;
         }
     }
     write!(
@@ -293,10 +335,12 @@ fn manifest(package: &Package, name: &str, dependencies: &[&Dependency]) -> Resu
     Ok(text)
 }
 
-/// What the package's default features turn on of this crate: in a copy nothing is left out to build faster.
-fn features_turned_on<'a>(package: &'a Package, name: &str) -> Vec<&'a str> {
+/// The features of this crate that the package's default features turn on, and those that the example requires: a copy
+/// leaves nothing out to build faster.
+fn features_turned_on<'a>(package: &'a Package, example: &ExampleInfo, name: &str) -> Vec<&'a str> {
     let default = package.features.get("default").into_iter().flatten();
-    let entries = default.filter_map(|feature| package.features.get(feature));
+    let required = default.chain(&example.features);
+    let entries = required.filter_map(|feature| package.features.get(feature));
     let entries = entries.flatten().filter_map(|entry| entry.split_once('/'));
     entries
         .filter(|(brought, _)| *brought == name)
@@ -305,7 +349,7 @@ fn features_turned_on<'a>(package: &'a Package, name: &str) -> Vec<&'a str> {
 }
 
 /// One line of `[dependencies]`, in the shortest form.
-fn requirement(package: &Package, dependency: &Dependency) -> String {
+fn requirement(package: &Package, example: &ExampleInfo, dependency: &Dependency) -> String {
     let version = dependency.req.to_string();
     // "^1.0" and "1.0" mean the same, and the latter is what people write.
     let version = if version.contains(',') {
@@ -320,7 +364,7 @@ fn requirement(package: &Package, dependency: &Dependency) -> String {
     }
     let listed = dependency.features.iter().map(String::as_str);
     let mut features: Vec<&str> = listed.collect();
-    for feature in features_turned_on(package, name) {
+    for feature in features_turned_on(package, example, name) {
         if !features.contains(&feature) {
             features.push(feature);
         }
@@ -399,6 +443,31 @@ libc = "0.2"
 [workspace]
 "#
         );
+    }
+
+    /// The copy has all that the transcript runs, and what the client needs to connect with TLS.
+    #[test]
+    fn a_secure_example_with_the_one_that_feeds_it() {
+        let mut fixture = Fixture::new();
+        // As `lab index` does it.
+        fixture.workspace.write_indexes(false).unwrap();
+        let manifest = fixture.folder.path().join("Cargo.toml");
+        fixture.workspace = Workspace::read(Some(&manifest)).unwrap();
+        let copy = fixture.folder.path().join("copy");
+        fixture.workspace.new_project("nats_c", &copy).unwrap();
+        let example = "nats-examples/src/bin/nats_c.rs";
+        let read = |file: &str| fs::read_to_string(copy.join(file)).unwrap();
+        assert_eq!(read("src/main.rs"), fixture.read(example));
+        let companion = "nats-examples/src/bin/nats_a.rs";
+        assert_eq!(read("src/bin/nats_a.rs"), fixture.read(companion));
+        let manifest = read("Cargo.toml");
+        for line in [
+            "default-run = \"nats_c\"",
+            "async-nats = { version = \"0.51\", features = [\"ring\", \"nkeys\"] }",
+            "serde = { version = \"1.0\", features = [\"derive\", \"rc\"] }",
+        ] {
+            assert!(manifest.contains(line), "{line:?} is missing in {manifest}");
+        }
     }
 
     #[test]

@@ -36,8 +36,9 @@ impl Workspace {
     }
 
     /// Writes the index between the lines `<!-- index -->` and `<!-- /index -->` of `README.md` and of each example
-    /// package's `README.md`, and the list of binaries, with the features they require, between `# index` and `# /index` of those `Cargo.toml` that have
-    /// such lines. Returns the files that were not up to date; with `check` they are left as they are.
+    /// package's `README.md`, and the list of binaries, with the features they require, between `# index` and
+    /// `# /index` of those `Cargo.toml` that have such lines. Returns the files that were not up to date; with `check`
+    /// they are left as they are.
     ///
     /// # Errors
     /// An example has no header, `[package.metadata.lab.bin]` names a binary that does not exist, or a `README.md` is
@@ -107,8 +108,8 @@ impl Workspace {
         Ok(stale.into_iter().map(|(path, _)| path).collect())
     }
 
-    /// For the manifest: without it cargo would build an empty test program for each example, as large as the example
-    /// itself, and would not know which features each requires.
+    /// For the manifest: without it cargo would build an empty test program for each example that has no unit tests, as
+    /// large as the example itself, and would not know which features each requires.
     fn binaries(&self, group: &Group<'_>) -> Result<String> {
         let package = self.cargo_package(group.package)?;
         let mut text = String::from("bin = [\n");
@@ -117,11 +118,14 @@ impl Workspace {
                 [] => String::new(),
                 features => format!(", required-features = {features:?}"),
             };
-            let _ = writeln!(
-                text,
-                "    {{ name = {:?}, test = false{features} }},",
-                example.name
-            );
+            let source = fs::read_to_string(&example.source)
+                .with_context(|| format!("cannot read {}", example.source.display()))?;
+            let test = if source.contains("#[cfg(test)]") {
+                ""
+            } else {
+                ", test = false"
+            };
+            let _ = writeln!(text, "    {{ name = {:?}{test}{features} }},", example.name);
         }
         text.push_str("]\n");
         Ok(text)
@@ -239,18 +243,19 @@ mod tests {
         assert_eq!(
             fixture.read("nats-examples/README.md"),
             "<!-- index -->\n\n| Example | What it shows |\n|---|---|\n| [`nats_a`](src/bin/nats_a.rs) | First |\n\
-             | [`nats_b`](src/bin/nats_b.rs) | Second \\| last |\n\n<!-- /index -->\n"
+             | [`nats_b`](src/bin/nats_b.rs) | Second \\| last |\n| [`nats_c`](src/bin/nats_c.rs) | Third |\n\n<!-- /index -->\n"
         );
         assert!(
             fixture
                 .read("nats-examples/Cargo.toml")
-                .starts_with("# index\n\nbin = [\n    { name = \"nats_a\", test = false, required-features = [\"jetstream\", \"json\"] },\n    { name = \"nats_b\", test = false },\n]\n\n# /index\n"),
+                .starts_with("# index\n\nbin = [\n    { name = \"nats_a\", test = false, required-features = [\"jetstream\", \"json\"] },\n    { name = \"nats_b\", test = false },\n    { name = \"nats_c\", required-features = [\"secure\"] },\n]\n\n# /index\n"),
         );
         assert_eq!(
             fixture.read("README.md"),
             "# Title\n\n<!-- index -->\n\n### NATS\n\n| Example | What it shows |\n|---|---|\n\
              | [`nats_a`](nats-examples/src/bin/nats_a.rs) | First |\n\
-             | [`nats_b`](nats-examples/src/bin/nats_b.rs) | Second \\| last |\n\n### Scenarios\n\n\
+             | [`nats_b`](nats-examples/src/bin/nats_b.rs) | Second \\| last |\n\
+             | [`nats_c`](nats-examples/src/bin/nats_c.rs) | Third |\n\n### Scenarios\n\n\
              | Example | What it shows | Needs |\n|---|---|---|\n\
              | [`pipeline`](scenarios/src/bin/pipeline/main.rs) | All of it | kafka, opensearch |\n\n\
              <!-- /index -->\n\nEnd.\n"

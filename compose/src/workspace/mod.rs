@@ -9,6 +9,9 @@
 //! [package.metadata.lab.bin.order_pipeline]
 //! services = ["kafka", "opensearch"]      # what this one needs instead
 //! nodes = 2                               # and of each so many, instead of one
+//!
+//! [package.metadata.lab.bin.kafka_secure]
+//! secure = true                           # needs a secured broker, and the package's feature `secure` if there is one
 //! ```
 //!
 //! Its header, the `//!` lines at the top of the file, is its description; the first line is the title.
@@ -26,6 +29,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use cargo_metadata::{Metadata, MetadataCommand, Package, Target};
 use serde::Deserialize;
+
+pub(crate) use copy::SECURE;
 
 use crate::Service;
 
@@ -53,6 +58,8 @@ pub struct ExampleInfo {
     pub services: Vec<String>,
     /// How many nodes it needs of each.
     pub nodes: u16,
+    /// Whether it needs them secured.
+    pub secure: bool,
     /// The `required-features` of the binary.
     pub features: Vec<String>,
     /// The `//!` lines at the top of the file, without the `//!`.
@@ -94,6 +101,8 @@ struct Lab {
 struct LabBin {
     services: Option<Vec<String>>,
     nodes: Option<u16>,
+    #[serde(default)]
+    secure: bool,
 }
 
 impl Workspace {
@@ -162,14 +171,34 @@ impl Workspace {
     /// Whether `cargo build` or `cargo test` has built all packages together. Only then is there the book's library,
     /// which no other package uses.
     pub(crate) fn is_built_as_a_whole(&self, release: bool) -> bool {
+        self.has_built("libdocs-", release)
+    }
+
+    /// Whether OpenSSL was built, which the feature `secure` of a package brings. Without that feature, cargo would build
+    /// its clients again.
+    pub(crate) fn is_built_with_tls(&self, release: bool) -> bool {
+        self.has_built("libopenssl_sys-", release)
+    }
+
+    fn has_built(&self, library: &str, release: bool) -> bool {
         let profile = if release { "release" } else { "debug" };
         let built = fs::read_dir(self.target_directory().join(profile).join("deps"));
         let mut names = built.into_iter().flatten().flatten();
         names.any(|entry| {
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            name.starts_with("libdocs-") && name.ends_with(".rlib")
+            name.starts_with(library) && name.ends_with(".rlib")
         })
+    }
+
+    /// The feature `secure` of each package that has one, as cargo takes it: `kafka-examples/secure`.
+    pub(crate) fn secure_features(&self) -> Vec<String> {
+        let packages = self.metadata.workspace_packages();
+        let with = packages
+            .iter()
+            .filter(|package| package.features.contains_key(SECURE));
+        with.map(|package| format!("{}/{SECURE}", package.name))
+            .collect()
     }
 
     /// All examples, by name.
@@ -244,6 +273,7 @@ impl ExampleInfo {
             source,
             services: services.unwrap_or(&lab.services).clone(),
             nodes: own.and_then(|bin| bin.nodes).unwrap_or(1),
+            secure: own.is_some_and(|bin| bin.secure),
             features: target.required_features.clone(),
             header,
             header_line,

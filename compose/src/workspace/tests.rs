@@ -99,7 +99,7 @@ pub(super) struct Fixture {
 }
 
 impl Fixture {
-    const FILES: [(&'static str, &'static str); 10] = [
+    const FILES: [(&'static str, &'static str); 11] = [
         (
             "Cargo.toml",
             r#"
@@ -133,10 +133,13 @@ edition.workspace = true
 rust-version.workspace = true
 [package.metadata.lab]
 services = ["nats"]
+[package.metadata.lab.bin.nats_c]
+secure = true
 [features]
 default = ["jetstream", "json"]
 jetstream = ["async-nats/default"]
 json = ["dep:json"]
+secure = ["async-nats/nkeys"]
 [dependencies]
 anyhow.workspace = true
 async-nats.workspace = true
@@ -162,6 +165,10 @@ tempfile = "3"
         (
             "nats-examples/src/bin/nats_a.rs",
             "//! First.\n// pulsar::x\nuse serde::Serialize;\nfn main() -> anyhow::Result<()> { libc::x(); json::y(\"tempfile::z\"); async_nats::jetstream::new() }\n",
+        ),
+        (
+            "nats-examples/src/bin/nats_c.rs",
+            "//! Third\n//!\n//! 1$ cargo lab run nats_a\n\nfn main() { async_nats::connect() }\n#[cfg(test)]\nmod tests {}\n",
         ),
         (
             "scenarios/Cargo.toml",
@@ -242,6 +249,7 @@ fn examples_are_the_binaries_of_packages_with_metadata() {
     let expected = [
         ("nats_a", "First", "1 nats"),
         ("nats_b", "Second | last", "1 nats"),
+        ("nats_c", "Third", "1 nats"),
         ("pipeline", "All of it", "2 kafka+opensearch"),
     ];
     assert_eq!(
@@ -259,12 +267,12 @@ fn examples_are_the_binaries_of_packages_with_metadata() {
         .collect();
     assert_eq!(
         groups,
-        [("NATS".to_owned(), 2), ("Scenarios".to_owned(), 1)]
+        [("NATS".to_owned(), 3), ("Scenarios".to_owned(), 1)]
     );
     let error = fixture.workspace.find("nats").unwrap_err().to_string();
     assert_eq!(
         error,
-        "no example is called 'nats'. Did you mean nats_a or nats_b? `cargo lab list` shows all of them."
+        "no example is called 'nats'. Did you mean nats_a, nats_b or nats_c? `cargo lab list` shows all of them."
     );
 }
 

@@ -40,7 +40,6 @@ use rdkafka::{ClientConfig, ClientContext, Message, TopicPartitionList};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
-use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "reliable-orders";
 const DEAD_LETTERS: &str = "reliable-orders.dlq";
@@ -49,9 +48,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects; RUST_LOG chooses how much.
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let log = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
+        .with_env_filter(log)
         .with_writer(std::io::stderr)
         .init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());

@@ -35,7 +35,6 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tracing_subscriber::EnvFilter;
 
 const USAGE: &str = "usage: kafka_send [-k KEY | -K DELIMITER] [-H NAME=VALUE]... [-p PARTITION] [-Z] TOPIC [PAYLOAD...]";
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -43,8 +42,10 @@ const IN_FLIGHT: usize = 1000;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let log = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
+        .with_env_filter(log)
         .with_writer(std::io::stderr)
         .init();
     let options = Options::parse(std::env::args_os().skip(1))?;

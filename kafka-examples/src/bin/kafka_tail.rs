@@ -37,15 +37,16 @@ use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
-use tracing_subscriber::EnvFilter;
 
 const USAGE: &str = "usage: kafka_tail [-e] [-o beginning|end|OFFSET|-COUNT] TOPIC";
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let log = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
+        .with_env_filter(log)
         .with_writer(std::io::stderr)
         .init();
     let (mut start, mut ends, mut topic) = (Offset::Beginning, false, None);

@@ -1,41 +1,34 @@
 //! What each program does without its broker: at the start, and when it died meanwhile.
 
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Result;
-use compose::harness::{Example, TIMEOUT, broker_absent};
+use anyhow::{Context, Result};
+use compose::harness::{Example, ExampleInfo, TIMEOUT, Workspace, without_broker};
 use compose::{Broker, Service};
 
+/// All of the package, so that a new example is tried too.
 #[test]
 fn without_a_broker_the_error_says_where_and_what_to_do() -> Result<()> {
-    broker_absent(
-        Service::Kafka,
-        &[
-            env!("CARGO_BIN_EXE_kafka_admin"),
-            env!("CARGO_BIN_EXE_kafka_async_producer"),
-            env!("CARGO_BIN_EXE_kafka_batch_producer"),
-            env!("CARGO_BIN_EXE_kafka_compacted_table"),
-            env!("CARGO_BIN_EXE_kafka_compression"),
-            env!("CARGO_BIN_EXE_kafka_consumer_group"),
-            env!("CARGO_BIN_EXE_kafka_dlq_replay"),
-            env!("CARGO_BIN_EXE_kafka_exactly_once"),
-            env!("CARGO_BIN_EXE_kafka_headers_schema"),
-            env!("CARGO_BIN_EXE_kafka_idempotent_consumer"),
-            env!("CARGO_BIN_EXE_kafka_lag_monitor"),
-            env!("CARGO_BIN_EXE_kafka_manual_commit"),
-            env!("CARGO_BIN_EXE_kafka_page_views"),
-            env!("CARGO_BIN_EXE_kafka_parallel_consumer"),
-            env!("CARGO_BIN_EXE_kafka_pitfall_auto_commit"),
-            env!("CARGO_BIN_EXE_kafka_pitfall_ordering"),
-            env!("CARGO_BIN_EXE_kafka_rebalance"),
-            env!("CARGO_BIN_EXE_kafka_reconnect"),
-            env!("CARGO_BIN_EXE_kafka_replay"),
-            env!("CARGO_BIN_EXE_kafka_retry_dlq"),
-            env!("CARGO_BIN_EXE_kafka_tracing"),
-            env!("CARGO_BIN_EXE_kafka_tuned_consumer"),
-            env!("CARGO_BIN_EXE_kafka_window_aggregation"),
-        ],
-    )
+    let folder = Path::new(env!("CARGO_BIN_EXE_kafka_send")).parent();
+    let folder = folder.context("a program is in a folder")?;
+    let workspace = Workspace::load()?;
+    let examples = workspace.examples().iter().filter(|example| {
+        // One without a service needs no broker. One with several has a test of its own, as one with TLS has.
+        example.package == env!("CARGO_PKG_NAME")
+            && example.services == ["kafka"]
+            && !example.secure
+    });
+    let example = |example: &ExampleInfo| {
+        let args: &[&str] = match example.name.as_str() {
+            "kafka_send" => &["topic", "payload"],
+            "kafka_tail" => &["topic"],
+            _ => &[],
+        };
+        let program = Example::new(folder.join(&example.name)).args(args);
+        (example.name.clone(), program)
+    };
+    without_broker(Service::Kafka, examples.map(example).collect())
 }
 
 /// A member of a group has three things to say at its end: its last commit, what it gives up, and that it leaves. With

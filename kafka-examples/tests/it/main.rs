@@ -24,7 +24,18 @@ mod reconnect;
 mod replay;
 mod retry_dlq;
 mod secure;
+mod send_and_tail;
 mod shared;
 mod tracing;
 mod tuned_consumer;
 mod window_aggregation;
+
+/// Without it, kafka_secure is not built, and its tests would be left out silently.
+#[test]
+fn the_feature_secure_is_on() {
+    let on = cfg!(feature = "secure");
+    assert!(
+        on,
+        "add `--features kafka-examples/secure`, as the README's command does"
+    );
+}

@@ -1,11 +1,10 @@
-//! A secured broker lets in whom it should, and tells the others why not. Tried with Kafka's own tools: `rdkafka` has TLS
-//! and SCRAM only with OpenSSL.
+//! A secured broker accepts the right clients and tells the others why not: Kafka's own tools, and `kafka_secure`.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use compose::harness::{TIMEOUT, but, kafka_tool};
+use compose::harness::{Example, TIMEOUT, but, kafka_tool};
 use compose::{Broker, Service, User};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
@@ -94,5 +93,114 @@ async fn a_secured_broker_lets_in_whom_it_should_and_tells_the_others_why_not() 
         }
     };
     ensure!(payload.as_deref() == Some(b"order-1"), "{payload:?}");
+    Ok(())
+}
+
+/// Each is wrong in one setting, and `kafka_secure` names it.
+#[cfg(feature = "secure")]
+#[test]
+fn a_wrong_set_up_is_told_with_the_setting_that_cures_it() -> Result<()> {
+    let broker = Broker::secure(Service::Kafka)?;
+    let right: Env = broker.secured_env(User::Application)?.into_iter().collect();
+    let spawn = |env: &Env, topic: &str| {
+        let mut example = Example::new(env!("CARGO_BIN_EXE_kafka_secure")).args([topic]);
+        for (name, value) in env {
+            example = example.env(name, value);
+        }
+        example.spawn()
+    };
+    let ended = spawn(&right, "secure-orders")?.wait(TIMEOUT)?.ok()?;
+    ensure!(
+        ended.stdout.contains("read back by the group"),
+        "{}",
+        ended.stdout
+    );
+
+    // Of another authority.
+    let nats = Broker::secure(Service::Nats)?;
+    let other: Env = nats.secured_env(User::Application)?.into_iter().collect();
+    let other_ca = other["NATS_CA"].as_str();
+    let wrong = [
+        (
+            "KAFKA_SASL_PASSWORD",
+            Some("wrong"),
+            "look at: sasl.username, sasl.password",
+        ),
+        (
+            "KAFKA_SASL_USERNAME",
+            Some("stranger"),
+            "look at: sasl.username, sasl.password",
+        ),
+        (
+            "KAFKA_SASL_USERNAME",
+            None,
+            "KAFKA_SASL_USERNAME is not set",
+        ),
+        (
+            "KAFKA_SASL_MECHANISM",
+            Some("SCRAM-SHA-256"),
+            "look at: sasl.mechanism",
+        ),
+        (
+            "KAFKA_SSL_CA_LOCATION",
+            Some(other_ca),
+            "look at: ssl.ca.location, or",
+        ),
+        (
+            "KAFKA_SSL_CA_LOCATION",
+            Some("/nothing"),
+            "look at: ssl.ca.location: no file",
+        ),
+        (
+            "KAFKA_BROKERS",
+            Some("localhost:1"),
+            "look at: bootstrap.servers: nothing listens",
+        ),
+        (
+            "KAFKA_BROKERS",
+            Some(&broker.address()),
+            "look at: bootstrap.servers: this port is without TLS",
+        ),
+        (
+            "KAFKA_SECURITY_PROTOCOL",
+            Some("SASL_PLAINTEXT"),
+            "look at: security.protocol",
+        ),
+    ];
+    let mut running = Vec::new();
+    for (name, value, cure) in wrong {
+        running.push((spawn(&but(&right, name, value), "secure-orders")?, cure));
+    }
+    running.push((
+        spawn(&right, "other")?,
+        "look at: the ACL: this user may not write, or not create",
+    ));
+    for (mut process, cure) in running {
+        let ended = process.wait(TIMEOUT)?;
+        ensure!(
+            ended.code() == 1 && ended.stderr.contains(cure),
+            "{cure}: {}",
+            ended.stderr
+        );
+        let password = &right["KAFKA_SASL_PASSWORD"];
+        ensure!(!ended.stderr.contains(password), "the password is printed");
+    }
+
+    let administrator: Env = broker
+        .secured_env(User::Administrator)?
+        .into_iter()
+        .collect();
+    let deny = "--add --deny-principal User:application --operation Read --group secure-readers";
+    let deny: Vec<&str> = deny.split(' ').collect();
+    let acl = "org.apache.kafka.tools.AclCommand";
+    let (done, said) = tool(&broker, acl, &administrator, &deny)?;
+    ensure!(done, "{said}");
+    let ended = spawn(&right, "secure-orders")?.wait(TIMEOUT)?;
+    let cure = "look at: the ACL: this user may not READ in this group";
+    ensure!(
+        ended.code() == 1 && ended.stderr.contains(cure),
+        "{}",
+        ended.stderr
+    );
     Ok(())
 }
