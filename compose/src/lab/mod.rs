@@ -239,7 +239,7 @@ fn new(name: &str, path: &Path) -> Result<()> {
         let name = &companion.name;
         writeln!(
             text,
-            "`cargo run --bin {name}` there is the {name} of its header"
+            "`cargo run --bin {name}` there runs the {name} of its header"
         )?;
     }
     for service in &example.services {

@@ -366,7 +366,13 @@ static BUILT: LazyLock<Stub> = LazyLock::new(|| {
     ];
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
-        .args(["build", "--workspace"])
+        // With the features of the README's test command: others would build all again.
+        .args([
+            "build",
+            "--workspace",
+            "--features",
+            "kafka-examples/secure",
+        ])
         .args(names.iter().flat_map(|name| ["--bin", name]))
         .current_dir(workspace.root());
     // What cargo has told this test about its own package would have build scripts run again.
@@ -574,7 +580,7 @@ fn a_list_fits_the_usual_terminal() {
 fn a_copy_says_what_to_change_first() {
     let lab = Lab::new();
     let project = lab.path().join("copy");
-    let said = lab.ok(&["new", "kafka_consumer_group", project.to_str().unwrap()]);
+    let said = lab.ok(&["new", "kafka_manual_commit", project.to_str().unwrap()]);
     let source = fs::read_to_string(project.join("src/main.rs")).unwrap();
     let named: Vec<_> = said
         .lines()
@@ -594,6 +600,9 @@ fn a_copy_says_what_to_change_first() {
         assert_eq!(source.lines().nth(number - 1), Some(text), "{said}");
     }
     assert!(said.contains("KAFKA_BROKERS"), "{said}");
+    // The copy brings the sender of its transcript.
+    assert!(said.contains("`cargo run --bin kafka_send`"), "{said}");
+    assert!(project.join("src/bin/kafka_send.rs").is_file());
 
     // The workspace and the copy end with the same readable errors.
     let config = fs::read_to_string(project.join(".cargo/config.toml")).unwrap();
@@ -800,6 +809,34 @@ fn an_example_runs_on_a_broker_that_goes_with_it() {
     );
     assert!(lab.entry("nats").is_none());
     assert!(lab.ok(&["status"]).contains("nats        -"));
+}
+
+#[test]
+fn an_example_that_needs_tls_runs_on_a_secured_broker() {
+    let lab = Lab::new();
+    let script =
+        "echo $KAFKA_SECURITY_PROTOCOL $KAFKA_SASL_USERNAME ${#KAFKA_SASL_PASSWORD} \"$1\"";
+    let program = Stub::new("kafka_secure", script);
+    let cargo = cargo_that_builds(&[("kafka_secure", &program.program())]);
+    let run = || lab.with_cargo(&cargo, &["run", "kafka_secure", "an argument"]);
+    let secret = |output: &Output| {
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        let words: Vec<&str> = printed.split_whitespace().collect();
+        let length: usize = words[2].parse().unwrap();
+        assert!(length > 10, "{printed}");
+        assert_eq!(words[..2], ["SASL_SSL", "application"]);
+        assert_eq!(words[3..], ["an", "argument"]);
+    };
+    // Started for it, or there already.
+    let output = run().output().unwrap();
+    secret(&output);
+    lab.ok(&["up", "kafka", "--secure", "--detach"]);
+    secret(&run().output().unwrap());
+    lab.ok(&["down"]);
+    lab.ok(&["up", "kafka", "--detach"]);
+    let said = failure(run());
+    assert!(said.contains("kafka_secure needs kafka with TLS"), "{said}");
+    assert!(said.contains("cargo lab down kafka"), "{said}");
 }
 
 #[test]
