@@ -49,11 +49,9 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     // The client logs why it reconnects. RUST_LOG chooses how much is shown.
-    let log = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
-    tracing_subscriber::fmt()
-        .with_env_filter(log)
-        .with_writer(std::io::stderr)
-        .init();
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", &brokers);
@@ -71,11 +69,10 @@ async fn main() -> anyhow::Result<()> {
         .set("auto.offset.reset", "earliest")
         .set("allow.auto.create.topics", "true")
         .create_with_context(Commits)?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     consumer
         .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+        .context(hint)?;
     consumer.subscribe(&[TOPIC])?;
 
     let worked = work(&consumer, &producer).await;
@@ -177,8 +174,7 @@ async fn dead_letter(
     Ok(())
 }
 
-/// The client reconnects by itself after these errors. Other errors (authorization, group protocol, configuration) do not
-/// heal by waiting.
+/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
 fn is_temporary(error: &KafkaError) -> bool {
     use RDKafkaErrorCode::*;
     matches!(

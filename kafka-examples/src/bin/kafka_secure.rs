@@ -40,11 +40,9 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     // The client logs why it reconnects. RUST_LOG chooses how much is shown.
-    let log = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
-    tracing_subscriber::fmt()
-        .with_env_filter(log)
-        .with_writer(std::io::stderr)
-        .init();
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let topic = std::env::args().nth(1).unwrap_or("secure-orders".into());
     let config = config()?;
     let reasons = Reasons::default();

@@ -43,11 +43,9 @@ const IN_FLIGHT: usize = 1000;
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     // The client logs why it reconnects. RUST_LOG chooses how much is shown.
-    let log = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
-    tracing_subscriber::fmt()
-        .with_env_filter(log)
-        .with_writer(std::io::stderr)
-        .init();
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let options = Options::parse(std::env::args_os().skip(1))?;
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let producer: FutureProducer = ClientConfig::new()
@@ -57,12 +55,11 @@ async fn main() -> anyhow::Result<()> {
         // Only the broker knows how large a record may be.
         .set("message.max.bytes", "1000000000")
         .create()?;
-    producer
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = producer
         .client()
-        .fetch_metadata(Some(&options.topic), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+        .fetch_metadata(Some(&options.topic), TIMEOUT);
+    metadata.context(hint)?;
 
     let (mut sent, mut all) = (0, 0);
     let payloads = if options.payloads.is_empty() {

@@ -44,11 +44,9 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     // The client logs why it reconnects. RUST_LOG chooses how much is shown.
-    let log = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
-    tracing_subscriber::fmt()
-        .with_env_filter(log)
-        .with_writer(std::io::stderr)
-        .init();
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let (mut start, mut ends, mut topic) = (Offset::Beginning, false, None);
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
@@ -69,11 +67,10 @@ async fn main() -> anyhow::Result<()> {
         .set("auto.offset.reset", "earliest")
         .set("enable.partition.eof", "true")
         .create()?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     let metadata = consumer
         .fetch_metadata(Some(&topic), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+        .context(hint)?;
     let mut partitions = TopicPartitionList::new();
     for partition in metadata
         .topics()
