@@ -1,8 +1,8 @@
-//! Produce to Kafka asynchronously, and know where each record ended up
+//! Send records to Kafka and await their delivery reports
 //!
-//! Sends orders as JSON under a key and awaits each delivery report. Idempotence lets the client retry without writing
-//! a record twice or out of order; records with the same key stay in order, because they share a partition. A delivery
-//! that fails by timeout may still have been written: sending it again gives at least once.
+//! A report says where the record is: its partition and offset. All in-sync replicas have it then (`acks=all`).
+//! Idempotence lets the client retry without writing a record twice or out of order. Records with the same key stay in
+//! order, because they share a partition.
 //!
 //! ```console
 //! $ cargo lab run kafka_async_producer
@@ -13,53 +13,54 @@
 //! order-125: partition [..] offset [..]
 //! ```
 //!
-//! Notice: `order-123` went to the same partition both times. The key decides the partition, but only together with the
-//! number of partitions and the hash function: add a partition, and the key's next record may land elsewhere, out of
-//! order with those before it. librdkafka's default hash is not the Java client's; `murmur2_random` is.
+//! Notice:
+//! - `order-123` goes to the same partition both times. When partitions are added, it can go to another.
+//! - librdkafka's default hash is not the Java client's. `murmur2_random` is.
+//! - After a timeout the record may be written or not. Sending it again is at least once.
+//! - Each order waits for the report of the one before, a round trip. kafka_batch_producer is faster.
 //!
-//! Try: send 4 orders, remove `partitioner`, send them again: `order-126` goes elsewhere. Send 9 orders while
-//! `kafka_consumer_group` runs.
+//! Try: send 9 orders while `kafka_consumer_group` runs. Stop the broker after the first of 100000 orders.
 //!
-//! Settings: KAFKA_BROKERS (localhost:9092); the first argument is the number of orders (1).
-//! See also: kafka_consumer_group, order_pipeline.
+//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG; the first argument is the number of orders (1).
+//! See also: kafka_consumer_group, kafka_send.
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
-use rdkafka::error::RDKafkaErrorCode;
-use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use serde::Serialize;
+use tracing_subscriber::EnvFilter;
 
-const TOPIC: &str = "orders";
-const PARTITIONS: i32 = 3;
-const PATIENCE: Duration = Duration::from_secs(5);
+const TOPIC: &str = "group-orders";
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Serialize)]
 struct Order {
     order_id: String,
     user_id: String,
-    /// In cents: a binary fraction cannot hold 0.10.
-    amount: i64,
+    /// An integer: a binary fraction cannot hold 0.10.
+    amount_cents: u64,
     status: &'static str,
 }
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
+    // The client logs which address fails, and why.
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
     let count: u32 = match std::env::args().nth(1) {
         Some(count) => count
             .parse()
             .context("the argument is the number of orders")?,
         None => 1,
     };
-
-    create_topic(&brokers).await?;
+    let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
-        // All in-sync replicas have the record before it counts as delivered.
         .set("acks", "all")
         .set("enable.idempotence", "true")
         .set("compression.type", "lz4")
@@ -67,64 +68,49 @@ async fn main() -> anyhow::Result<()> {
         .set("message.timeout.ms", "5000")
         .set("partitioner", "murmur2_random")
         .create()?;
-
+    producer
+        .client()
+        .fetch_metadata(Some(TOPIC), TIMEOUT)
+        .with_context(|| {
+            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
+        })?;
     for number in 0..count {
         let order = Order {
             order_id: format!("order-{}", 123 + number),
             user_id: format!("user-{}", 1 + number % 3),
-            amount: 4_999,
+            amount_cents: 4_999,
             status: "created",
         };
-        let payload = serde_json::to_string(&order)?;
-        let record = FutureRecord::to(TOPIC)
-            .key(&order.order_id)
-            .payload(&payload);
-        // The timeout here is only about room in the client's send queue. Awaiting each report in turn is the
-        // simplest correct form, and the slowest: every order costs a round trip.
-        let delivery = producer
-            .send(record, PATIENCE)
-            .await
-            .map_err(|(error, _)| error);
-        let delivery = delivery.with_context(|| {
-            format!(
-                "{}: no delivery report from {brokers}, it may or may not be written",
-                order.order_id
-            )
-        })?;
-        println!(
-            "{}: partition {} offset {}",
-            order.order_id, delivery.partition, delivery.offset
-        );
+        send(&producer, &order).await?;
     }
     Ok(())
 }
 
-/// Left to the broker, the first record would create the topic with the broker's default, often a single partition.
-async fn create_topic(brokers: &str) -> anyhow::Result<()> {
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        .create()?;
-    // It blocks, but nothing else runs yet.
-    admin
-        .inner()
-        .fetch_metadata(None, PATIENCE)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
-    // -1 is the broker's default replication factor.
-    let topic = NewTopic::new(TOPIC, PARTITIONS, TopicReplication::Fixed(-1));
-    let options = AdminOptions::new().request_timeout(Some(PATIENCE));
-    match admin.create_topics([&topic], &options).await {
-        Ok(results) => {
-            for result in results {
-                match result {
-                    Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
-                    Err((topic, code)) => anyhow::bail!("cannot create topic {topic}: {code}"),
-                }
-            }
-        }
-        // Not every cluster lets its clients create topics; librdkafka's mock does not.
-        Err(error) => eprintln!("leaving topic {TOPIC} to the broker: {error}"),
+/// Sends one order and waits for its delivery report.
+async fn send(producer: &FutureProducer, order: &Order) -> anyhow::Result<()> {
+    let (id, payload) = (&order.order_id, serde_json::to_string(order)?);
+    let record = FutureRecord::to(TOPIC).key(id).payload(&payload);
+    // TIMEOUT bounds only the wait for room in the client's queue.
+    match producer.send(record, TIMEOUT).await {
+        Ok(at) => println!("{id}: partition {} offset {}", at.partition, at.offset),
+        Err((error, _)) if is_definite(&error) => bail!("{id} is refused: {error}"),
+        Err((error, _)) => bail!("{id} may or may not be written: {error}"),
     }
     Ok(())
+}
+
+/// Whether the record is certainly not in the topic. A timeout or a lost connection does not tell.
+fn is_definite(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode::*;
+    !matches!(
+        error.rdkafka_error_code(),
+        Some(
+            MessageTimedOut
+                | RequestTimedOut
+                | BrokerTransportFailure
+                | NetworkException
+                | NotEnoughReplicasAfterAppend
+                | PurgeInflight
+        )
+    )
 }
