@@ -1,35 +1,21 @@
-//! What is counted as sent is there once, what was refused is not, and the window sets the rate.
+//! Sent messages are in the topic once, refused ones are not, and the window sets the rate.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use compose::Broker;
 use compose::harness::{Example, TIMEOUT};
-use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::{ClientConfig, Message};
 
+use crate::reader::read;
 use crate::shared;
 
-fn read_all(kafka: &Broker, topic: &str, partitions: i32) -> Result<HashMap<String, u32>> {
-    let reader: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .set("group.id", "reader")
-        .create()?;
-    let mut all = TopicPartitionList::new();
-    let mut expected = 0;
-    for partition in 0..partitions {
-        let (low, high) = reader.fetch_watermarks(topic, partition, TIMEOUT)?;
-        expected += high - low;
-        all.add_partition_offset(topic, partition, Offset::Beginning)?;
-    }
-    reader.assign(&all)?;
+/// How many times each payload is in the topic.
+fn read_all(kafka: &Broker, topic: &str) -> Result<HashMap<String, u32>> {
     let mut found = HashMap::new();
-    for _ in 0..expected {
-        let mut polls = std::iter::repeat_with(|| reader.poll(Duration::from_secs(1))).take(30);
-        let record = polls
-            .find_map(|record| record)
-            .context("fewer records than the log says")??;
+    for record in read(kafka, topic, "read_committed")? {
         let text = std::str::from_utf8(record.payload().context("no payload")?)?;
         *found.entry(text.to_owned()).or_default() += 1;
     }
@@ -37,7 +23,7 @@ fn read_all(kafka: &Broker, topic: &str, partitions: i32) -> Result<HashMap<Stri
 }
 
 #[test]
-fn what_is_sent_is_there_once_and_the_window_sets_the_rate() -> Result<()> {
+fn sent_messages_are_in_the_topic_once_and_the_window_sets_the_rate() -> Result<()> {
     let kafka = shared::kafka(&["kafka_batch_producer"])?;
     let producer = Example::new(env!("CARGO_BIN_EXE_kafka_batch_producer"));
     let ended = producer.broker(&kafka).spawn()?.wait(TIMEOUT)?.ok()?;
@@ -54,7 +40,7 @@ fn what_is_sent_is_there_once_and_the_window_sets_the_rate() -> Result<()> {
                 .context("no rate")?
                 .parse::<f64>()?;
             rates.insert(window.trim().parse::<u32>()?, rate);
-        } else if let Some(rest) = line.strip_prefix("a queue of 50, timeout 0: sent ") {
+        } else if let Some(rest) = line.strip_prefix("a queue of 50, not waiting: sent ") {
             refused_run = rest
                 .split_once('/')
                 .context("no total")?
@@ -67,7 +53,7 @@ fn what_is_sent_is_there_once_and_the_window_sets_the_rate() -> Result<()> {
     // Not always 50 at first: the last reports of the run before may still take room.
     assert!((1..1000).contains(&refused_run), "{refused_run}");
 
-    let found = read_all(&kafka, "test-topic", 3)?;
+    let found = read_all(&kafka, "test-topic")?;
     let repeated: Vec<_> = found.iter().filter(|(_, count)| **count > 1).collect();
     assert!(repeated.is_empty(), "{repeated:?}");
     for number in 0..4_101 {
@@ -77,5 +63,27 @@ fn what_is_sent_is_there_once_and_the_window_sets_the_rate() -> Result<()> {
         );
     }
     assert_eq!(found.len(), 4_101 + refused_run);
+    Ok(())
+}
+
+#[tokio::test]
+async fn refusal_by_the_broker_is_an_error_with_its_cause() -> Result<()> {
+    let kafka = shared::kafka(&["kafka_batch_producer"])?;
+    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    let topic = NewTopic::new("test-topic", 2, TopicReplication::Fixed(1));
+    let topic = topic.set("max.message.bytes", "50");
+    let created = admin.create_topics([&topic], &AdminOptions::new()).await?;
+    assert_eq!(created, [Ok("test-topic".to_owned())]);
+    let producer = Example::new(env!("CARGO_BIN_EXE_kafka_batch_producer"));
+    let ended = producer.broker(&kafka).spawn()?.wait(TIMEOUT)?;
+    assert_eq!(ended.code(), 1, "{}", ended.stdout);
+    assert!(
+        ended.stderr.contains("MessageSizeTooLarge"),
+        "{}",
+        ended.stderr
+    );
+    assert_eq!(read_all(&kafka, "test-topic")?.len(), 0);
     Ok(())
 }
