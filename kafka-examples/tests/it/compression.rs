@@ -1,14 +1,16 @@
-//! The bytes of the table are those that the broker has stored.
+//! The bytes of the table are those that the broker has stored, and each topic holds all orders.
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use compose::harness::{Example, TIMEOUT};
+use rdkafka::Message;
 
+use crate::reader::read;
 use crate::shared;
 
-/// What lies in the log of partition 0 of each topic of the example, by the name in the table.
+/// The size of the log of partition 0 of each topic of the example, by the name in the table.
 fn stored(folder: &Path, sizes: &mut HashMap<String, u64>) -> Result<()> {
     for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
@@ -19,26 +21,20 @@ fn stored(folder: &Path, sizes: &mut HashMap<String, u64>) -> Result<()> {
         let partition = path.parent().and_then(Path::file_name);
         let partition = partition.unwrap_or_default().to_string_lossy();
         if let Some(name) = partition.strip_prefix("compression-")
+            && let Some(name) = name.strip_suffix("-0")
             && path.extension().is_some_and(|extension| extension == "log")
         {
-            let name = name.trim_end_matches("-0").replace('-', " ");
-            *sizes.entry(name).or_default() += path.metadata()?.len();
+            *sizes.entry(name.replace('-', " ")).or_default() += path.metadata()?.len();
         }
     }
     Ok(())
 }
 
 #[test]
-fn the_table_tells_what_is_stored() -> Result<()> {
+fn table_shows_the_stored_bytes_and_no_order_is_changed() -> Result<()> {
     let kafka = shared::kafka(&["kafka_compression"])?;
-    let run = || {
-        Example::new(env!("CARGO_BIN_EXE_kafka_compression"))
-            .broker(&kafka)
-            .spawn()?
-            .wait(TIMEOUT)?
-            .ok()
-    };
-    let stdout = run()?.stdout;
+    let program = Example::new(env!("CARGO_BIN_EXE_kafka_compression"));
+    let stdout = program.broker(&kafka).spawn()?.wait(TIMEOUT)?.ok()?.stdout;
     let mut sizes = HashMap::new();
     stored(kafka.folder(), &mut sizes)?;
     let mut bytes = HashMap::new();
@@ -72,5 +68,23 @@ fn the_table_tells_what_is_stored() -> Result<()> {
         "{bytes:?}"
     );
     assert!(bytes["zstd alone"] > 4 * bytes["zstd 3"], "{bytes:?}");
+
+    let payloads = |name: &String| -> Result<Vec<_>> {
+        let topic = format!("compression-{}", name.replace(' ', "-"));
+        let records = read(&kafka, &topic, "read_committed")?;
+        Ok(records
+            .iter()
+            .map(|record| record.payload().map(<[u8]>::to_vec))
+            .collect())
+    };
+    let plain = payloads(&"none".to_owned())?;
+    assert_eq!(
+        plain.len(),
+        1 + 5000,
+        "the record that connects, and the orders"
+    );
+    for name in bytes.keys() {
+        assert!(payloads(name)? == plain, "{name}: the orders are changed");
+    }
     Ok(())
 }
