@@ -10,6 +10,7 @@ mod compression;
 mod consumer_group;
 mod ending;
 mod exactly_once;
+mod graceful_shutdown;
 mod headers_schema;
 mod idempotent_consumer;
 mod lag_monitor;
