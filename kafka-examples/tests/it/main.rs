@@ -17,6 +17,7 @@ mod lag_monitor;
 mod manual_commit;
 mod owner;
 mod parallel_consumer;
+mod pattern_subscription;
 mod pitfall_auto_commit;
 mod pitfall_ordering;
 mod reader;
