@@ -40,7 +40,9 @@ const ORDERS: u64 = 5_000;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A name, the codec, its level (-1 is the codec's default), and how many messages share a batch.
-const ROWS: [(&str, &str, &str, &str); 11] = [
+type Row = (&'static str, &'static str, &'static str, &'static str);
+
+const ROWS: [Row; 11] = [
     ("none", "none", "-1", "10000"),
     ("lz4", "lz4", "-1", "10000"),
     ("lz4 12", "lz4", "12", "10000"),
@@ -60,9 +62,10 @@ async fn main() -> Result<()> {
     let orders: Vec<String> = (0..ORDERS).map(order).collect();
     let average = orders.iter().map(String::len).sum::<usize>() / orders.len();
     let mut uncompressed = None;
-    for (name, codec, level, batch) in ROWS {
+    for row in ROWS {
+        let name = row.0;
         let (sender, statistics) = unbounded_channel();
-        let producer = producer(&brokers, codec, level, batch, Meter(sender))?;
+        let producer = producer(&brokers, row, Meter(sender))?;
         let topic = format!("compression-{}", name.replace(", ", "-").replace(' ', "-"));
         let (bytes, time) = send(&producer, &topic, &orders, statistics)
             .await
@@ -78,14 +81,9 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-/// The pattern: which settings make a codec work well.
-fn producer(
-    brokers: &str,
-    codec: &str,
-    level: &str,
-    batch: &str,
-    meter: Meter,
-) -> Result<FutureProducer<Meter>> {
+/// The pattern: the settings that decide how well a codec works.
+fn producer(brokers: &str, row: Row, meter: Meter) -> Result<FutureProducer<Meter>> {
+    let (_, codec, level, batch) = row;
     let producer: FutureProducer<Meter> = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("acks", "all")

@@ -23,14 +23,12 @@
 //! ```
 //!
 //! Notice:
-//! - A commit is a position: the next offset to read. By default it moves when a record is handed to the program, and
-//!   a crash after the commit loses the record. With `enable.auto.offset.store=false` it moves after the work.
-//! - When a member joins or leaves, all partitions are revoked and assigned again. kafka_rebalance stops fewer.
+//! - By default the position moves when a record is handed to the program, so a crash can lose it.
+//! - When a member joins or leaves, all partitions are revoked and assigned again: see kafka_rebalance.
 //! - An added partition is found after `topic.metadata.refresh.interval.ms`: see kafka_pattern_subscription.
-//! - The work cannot fail here. kafka_manual_commit shows what to do with an order that fails.
+//! - The work cannot fail here: see kafka_manual_commit.
 //!
-//! Try: run four of them: one stays idle, as there are three partitions. Stop one with `kill -9`: the group waits ten
-//! seconds for it, and then repeats its last orders.
+//! Try: run four of them: one stays idle. Stop one with `kill -9`: after ten seconds another repeats its last orders.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_async_producer, kafka_graceful_shutdown.
 

@@ -113,11 +113,26 @@ fn per_partition(orders: &[(i32, i64)]) -> BTreeMap<i32, i64> {
 async fn sigkill_loses_no_order_and_repeats_only_uncommitted_ones() -> Result<()> {
     let kafka = shared::kafka(&["kafka_consumer_group"])?;
     let mut first = only_member(&kafka)?;
-    produce(&kafka, 3, 20).await?;
+    produce(&kafka, 3, 30).await?;
     for _ in 0..10 {
         first.wait_for("processed: ", TIMEOUT)?;
     }
     first.wait_for("committed: ", TIMEOUT)?;
+    // Late in the work on an order, so that most commits have happened during the work on one.
+    for _ in 0..25 {
+        first.wait_for("topic group-orders", TIMEOUT)?;
+        std::thread::sleep(Duration::from_millis(80));
+        first.pause()?;
+        let position = committed(&kafka, 3)?;
+        let done = per_partition(&processed(&first.lines()));
+        assert!(
+            position
+                .iter()
+                .all(|(partition, next)| *next <= done[partition]),
+            "committed {position:?}, processed {done:?}"
+        );
+        first.resume()?;
+    }
     // Between two commits, which are a second apart; frozen, so that none comes while the test looks.
     loop {
         first.wait_for("processed: ", TIMEOUT)?;
@@ -146,8 +161,8 @@ async fn sigkill_loses_no_order_and_repeats_only_uncommitted_ones() -> Result<()
     let mut second = member(&kafka)?;
     let mut all: BTreeSet<_> = before.iter().copied().collect();
     let deadline = Instant::now() + TIMEOUT;
-    while all.len() < 60 {
-        ensure!(Instant::now() < deadline, "only {} of 60 orders", all.len());
+    while all.len() < 90 {
+        ensure!(Instant::now() < deadline, "only {} of 90 orders", all.len());
         second.wait_for("processed: ", TIMEOUT)?;
         all.extend(processed(&second.lines()));
     }

@@ -177,10 +177,12 @@ fn await_members(kafka: &Broker, count: usize) -> Result<()> {
         .create()?;
     let deadline = Instant::now() + TIMEOUT;
     loop {
-        let list = observer.fetch_group_list(Some(GROUP), TIMEOUT)?;
         let stable =
             |group: &GroupInfo| group.state() == "Stable" && group.members().len() == count;
-        if list.groups().iter().any(stable) {
+        // Fails as long as the broker loads the group.
+        if let Ok(list) = observer.fetch_group_list(Some(GROUP), TIMEOUT)
+            && list.groups().iter().any(stable)
+        {
             return Ok(());
         }
         ensure!(Instant::now() < deadline, "the group is not complete");
