@@ -1,306 +1,188 @@
-//! Hand over cleanly in a rebalance: commit on revoke, so that nothing done is done again
+//! Hand over cleanly in a rebalance: commit on revoke, so that work is not repeated
 //!
-//! Committing every order is slow, so this consumer commits every hundred. When the group takes a partition away, it
-//! first commits what it has done there, and the next owner starts exactly behind it. At least once; a rebalance or a
-//! clean end repeats nothing, a crash repeats up to a hundred orders.
+//! A commit for each order is slow, so this consumer commits after every hundred. When the group takes partitions from it,
+//! it first commits what it has done there, and the next member continues from that offset. At least once: a rebalance or
+//! Ctrl-C repeats nothing, a crash repeats up to a hundred orders.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_rebalance
-//! assigned: [0, 1, 2, 3]
-//! 3$ cargo lab run kafka_rebalance send 1500
-//! 1:
-//! done: [..]
-//! 2$ cargo lab run kafka_rebalance
-//! assigned: [[..]]
-//! done: [..]
-//! 1:
+//! assigned: 0 1 2
+//! 2$ cargo lab run kafka_send -p 0 rebalance-orders order-0 order-1
 //! ...
-//! handing over [[..]]: committed {[..]}
-//! ...
+//! 1:
+//! partition 0 offset 1: done
 //! 1^C
-//! ...
-//! handing over [[..]]: committed {[..]}
-//! left the group; orders done: [..]
-//! 2:
-//! ...
-//! assigned: [[..]]
-//! ...
-//! 3:
-//! sent: 1500 orders
-//! 2^C
-//! ...
-//! handing over [0, 1, 2, 3]: committed {[..]}
-//! left the group; orders done: [..]
+//! revoked: 0 1 2
+//! committed: 0 at 2
+//! left the group
 //! ```
 //!
-//! Notice: the callback runs inside of `recv` and never in the middle of an order; what was in hand is done by then. It
-//! runs once more when the consumer is dropped, which is why the end needs no commit of its own. A member that was too
-//! slow (session.timeout.ms, max.poll.interval.ms) is told that its partitions are lost, not revoked: it is too late to
-//! commit, and that work is repeated. With `cooperative-sticky`, only the partitions that move stop for a moment.
+//! Notice:
+//! - The callback runs inside `recv`, so never in the middle of an order, and once more when the consumer is closed.
+//! - A member that is too slow for the group loses its partitions without this call: it is too late to commit.
+//! - The default assignors revoke all partitions. `cooperative-sticky` revokes only those that move; a group cannot mix them.
+//! - There is no `group.instance.id`: two replicas with the same one would fence each other.
 //!
-//! Try: `kafka_rebalance --careless` in both terminals: no commit on revoke, and the second one repeats what the first
-//! had done. SIGSTOP one for 15 seconds, then SIGCONT.
+//! Try: start a second one while orders arrive. Remove the commit in `pre_rebalance`, and look for orders done twice.
 //!
-//! Settings: KAFKA_BROKERS (localhost:9092); the arguments `send N` write orders, `--careless` is above.
-//! See also: kafka_consumer_group, kafka_manual_commit, kafka_parallel_consumer.
+//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_consumer_group, kafka_parallel_rebalance.
 
-use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::pin::pin;
-use std::sync::mpsc;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
+use anyhow::Context;
 use rdkafka::consumer::{
     BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance, StreamConsumer,
 };
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
-use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, ClientContext, Message, Offset, TopicPartitionList};
-use tokio::time::sleep;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
+use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "rebalance-orders";
-const PARTITIONS: i32 = 4;
 const GROUP: &str = "rebalance-orders";
 const COMMIT_EVERY: u32 = 100;
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Time for the last commit.
-const LEAVING: Duration = Duration::from_secs(15);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
+    // The client logs why it reconnects; RUST_LOG chooses how much.
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    create_topic(&brokers).await?;
-    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [] => consume(&brokers, true).await,
-        ["--careless"] => consume(&brokers, false).await,
-        ["send", count] => {
-            send(
-                &brokers,
-                count.parse().context("N is the number of orders")?,
-            )
-            .await
-        }
-        _ => bail!("usage: kafka_rebalance [--careless | send N]"),
-    }
-}
-
-async fn send(brokers: &str, count: u32) -> anyhow::Result<()> {
-    let producer: FutureProducer = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        .set("enable.idempotence", "true")
-        .set("message.timeout.ms", "5000")
-        .create()?;
-    let mut reports = Vec::new();
-    for (number, partition) in (0..count).zip((0..PARTITIONS).cycle()) {
-        let order = format!("order-{number}");
-        // In turn, for an even share. Usually the key decides.
-        let record = FutureRecord::<str, str>::to(TOPIC)
-            .partition(partition)
-            .payload(&order);
-        // It only enters the queue here; awaiting each report would make the flow as slow as the broker's answers.
-        let queued = producer.send_result(record).map_err(|(error, _)| error);
-        reports.push(queued.with_context(|| format!("{order}: not sent"))?);
-        // A steady flow of somewhat less than 200 orders in a second, on all partitions.
-        sleep(Duration::from_millis(5)).await;
-    }
-    for (number, report) in reports.into_iter().enumerate() {
-        let delivered = report.await?.map_err(|(error, _)| error);
-        delivered.with_context(|| format!("order-{number}: no delivery report from {brokers}"))?;
-    }
-    println!("sent: {count} orders");
-    Ok(())
-}
-
-async fn consume(brokers: &str, careful: bool) -> anyhow::Result<()> {
-    let handover = Handover {
-        careful,
-        done: Mutex::default(),
-    };
     let consumer: StreamConsumer<Handover> = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
+        .set("bootstrap.servers", &brokers)
         .set("group.id", GROUP)
         .set("auto.offset.reset", "earliest")
-        // With auto commit and stored offsets, librdkafka itself commits on revoke: see kafka_consumer_group.
-        .set("enable.auto.commit", "false")
-        .set("partition.assignment.strategy", "cooperative-sticky")
+        .set("allow.auto.create.topics", "true")
+        // A member that was killed is noticed after ten seconds. The default is 45.
         .set("session.timeout.ms", "10000")
-        // Bounds the last commit if the brokers are gone by then.
-        .set("socket.timeout.ms", "5000")
-        .create_with_context(handover)?;
+        // `true` would commit on revoke, too, and every five seconds: kafka_consumer_group does that.
+        .set("enable.auto.commit", "false")
+        // The default stores an offset when its record is received.
+        .set("enable.auto.offset.store", "false")
+        .create_with_context(Handover)?;
+    consumer
+        .fetch_metadata(Some(TOPIC), TIMEOUT)
+        .with_context(|| {
+            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
+        })?;
     consumer.subscribe(&[TOPIC])?;
-    let orders = work(&consumer).await;
-    // Revokes all partitions, and with that commits.
-    tokio::task::block_in_place(|| leave(consumer));
-    println!("left the group; orders done: {}", orders?);
-    Ok(())
-}
 
-/// Until Ctrl-C; returns how many orders were done.
-async fn work(consumer: &StreamConsumer<Handover>) -> anyhow::Result<u32> {
-    let mut orders = 0;
-    let mut stop = pin!(tokio::signal::ctrl_c());
-    loop {
-        let received = tokio::select! {
-            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
-            biased;
-            signal = &mut stop => break signal?,
-            received = consumer.recv() => received,
-        };
-        let order = match received {
-            Ok(order) => order,
-            Err(error @ KafkaError::MessageConsumptionFatal(_)) => bail!(error),
-            // A lost connection, for example: the client tries again by itself, and says so each time.
-            Err(error) => {
-                eprintln!("waiting for the broker: {error}");
-                continue;
-            }
-        };
-        sleep(Duration::from_millis(2)).await; // the work
-        println!(
-            "done: partition {} offset {}",
-            order.partition(),
-            order.offset()
-        );
-        consumer
-            .context()
-            .done()
-            .insert(order.partition(), order.offset() + 1);
-        orders += 1;
-        if orders % COMMIT_EVERY == 0 {
-            let positions = positions(&consumer.context().done())?;
-            // Nobody waits for it: if it fails, the next one covers it. `commit_callback` tells.
-            consumer.commit(&positions, CommitMode::Async)?;
-        }
-    }
-    Ok(orders)
-}
-
-/// Leaves the group: the others take over now and not after session.timeout.ms.
-///
-/// With the broker gone this takes as long as that time, and sometimes it never ends (librdkafka 2.12, its issue 3740).
-/// Hence a thread that can be left behind.
-fn leave(consumer: StreamConsumer<Handover>) {
-    let (done, left) = mpsc::channel();
+    let worked = work(&consumer).await;
+    // Leave the group, so that another member takes over at once. With the broker down, the close can hang
+    // (librdkafka issue 3740): wait no longer than TIMEOUT.
+    let (done, closed) = oneshot::channel();
     thread::spawn(move || {
         drop(consumer);
         done.send(())
     });
-    if left.recv_timeout(LEAVING).is_err() {
-        eprintln!("left without a word to the group: no broker answers");
+    let closed = timeout(TIMEOUT, closed).await;
+    worked?;
+    closed.context("closed without leaving the group: no broker answers")??;
+    println!("left the group");
+    Ok(())
+}
+
+/// Works on one order after another, until Ctrl-C or SIGTERM.
+async fn work(consumer: &StreamConsumer<Handover>) -> anyhow::Result<()> {
+    let mut stop = pin!(shutdown());
+    let mut uncommitted = 0;
+    loop {
+        let received = tokio::select! {
+            biased;
+            signal = &mut stop => return Ok(signal?),
+            received = consumer.recv() => received,
+        };
+        match received {
+            Ok(order) => {
+                sleep(Duration::from_millis(2)).await; // the work
+                println!(
+                    "partition {} offset {}: done",
+                    order.partition(),
+                    order.offset()
+                );
+                // The next commit includes it. An error says that the partition was lost: its order is repeated.
+                if let Err(error) = consumer.store_offset_from_message(&order) {
+                    eprintln!("not stored: {error}");
+                }
+                uncommitted += 1;
+            }
+            Err(error) if is_temporary(&error) => eprintln!("waiting: {error}"),
+            Err(error) => return Err(error.into()),
+        }
+        if uncommitted == COMMIT_EVERY {
+            consumer.commit_consumer_state(CommitMode::Async)?;
+            uncommitted = 0;
+        }
     }
 }
 
-struct Handover {
-    careful: bool,
-    /// The next offset of each partition that is ours and on which work was done.
-    done: Mutex<BTreeMap<i32, i64>>,
-}
-
-impl Handover {
-    fn done(&self) -> MutexGuard<'_, BTreeMap<i32, i64>> {
-        self.done.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn positions(done: &BTreeMap<i32, i64>) -> KafkaResult<TopicPartitionList> {
-    let mut positions = TopicPartitionList::new();
-    for (partition, next) in done {
-        positions.add_partition_offset(TOPIC, *partition, Offset::Offset(*next))?;
-    }
-    Ok(positions)
-}
+struct Handover;
 
 impl ClientContext for Handover {}
 
 impl ConsumerContext for Handover {
+    /// The pattern: commit what is done, before the group gives the partitions to other members.
     fn pre_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
-        let (list, revoked) = match rebalance {
-            Rebalance::Assign(list) => (list, false),
-            Rebalance::Revoke(list) => (list, true),
-            Rebalance::Error(error) => {
-                let _ = writeln!(io::stderr(), "rebalance failed: {error}");
-                return;
-            }
-        };
-        let partitions: Vec<i32> = list.elements().iter().map(|at| at.partition()).collect();
-        if partitions.is_empty() {
-            return;
-        }
-        if !revoked {
-            return say(&format!("assigned: {partitions:?}"));
-        }
-        let mut done = self.done();
-        let moving: BTreeMap<i32, i64> = partitions
-            .iter()
-            .filter_map(|partition| Some((*partition, done.remove(partition)?)))
-            .collect();
-        if consumer.assignment_lost() {
-            say(&format!(
-                "lost {partitions:?}: too slow for the group, {moving:?} may be repeated"
-            ));
-        } else if !self.careful || moving.is_empty() {
-            say(&format!("handing over {partitions:?}: nothing committed"));
-        } else {
-            // Synchronous: once this callback returns, the partitions are gone.
-            let commit = positions(&moving)
-                .and_then(|positions| consumer.commit(&positions, CommitMode::Sync));
-            match commit {
-                Ok(()) => say(&format!(
-                    "handing over {partitions:?}: committed {moving:?}"
-                )),
-                Err(error) => {
-                    say(&format!(
-                        "handing over {partitions:?}: {moving:?} may be repeated: {error}"
-                    ));
+        match rebalance {
+            Rebalance::Assign(list) => say("assigned", list),
+            Rebalance::Revoke(list) if consumer.assignment_lost() => say("lost", list),
+            Rebalance::Revoke(list) => {
+                say("revoked", list);
+                // It is sent before the partitions are given up. `commit_callback` gets the result.
+                if let Err(error) = consumer.commit_consumer_state(CommitMode::Async) {
+                    let _ = writeln!(io::stderr(), "not committed: {error}");
                 }
             }
+            Rebalance::Error(error) => drop(writeln!(io::stderr(), "rebalance failed: {error}")),
         }
     }
 
-    fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
-        if let Err(error) = result {
-            let _ = writeln!(io::stderr(), "commit failed: {error}");
+    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
+        match result {
+            Ok(()) => say("committed", offsets),
+            Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {} // nothing new
+            Err(error) => {
+                let _ = writeln!(io::stderr(), "not committed, will be repeated: {error}");
+            }
         }
     }
 }
 
-/// For callbacks. On a closed pipe `println!` panics, and a consumer whose rebalance was broken off is never closed.
-fn say(line: &str) {
+/// For callbacks: `println!` panics when standard output is closed, and a callback must not panic.
+fn say(what: &str, list: &TopicPartitionList) {
+    let mut line = format!("{what}:");
+    for at in list.elements() {
+        line += &match at.offset() {
+            Offset::Offset(next) => format!(" {} at {next}", at.partition()),
+            _ => format!(" {}", at.partition()),
+        };
+    }
     let _ = writeln!(io::stdout(), "{line}");
 }
 
-/// Left to the broker, the topic would be created by the first record, often with a single partition to share.
-async fn create_topic(brokers: &str) -> anyhow::Result<()> {
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        .create()?;
-    // It blocks, but nothing else runs yet.
-    admin
-        .inner()
-        .fetch_metadata(None, PATIENCE)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
-    // -1 is the broker's default replication factor.
-    let topic = NewTopic::new(TOPIC, PARTITIONS, TopicReplication::Fixed(-1));
-    let options = AdminOptions::new().request_timeout(Some(PATIENCE));
-    match admin.create_topics([&topic], &options).await {
-        Ok(results) => {
-            for result in results {
-                match result {
-                    Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
-                    Err((topic, code)) => bail!("cannot create topic {topic}: {code}"),
-                }
-            }
-        }
-        // Not every cluster lets its clients create topics; librdkafka's mock does not.
-        Err(error) => eprintln!("leaving topic {TOPIC} to the broker: {error}"),
+/// The client reconnects by itself after these errors. Other errors (authorization, group protocol, configuration) do not
+/// heal by waiting.
+fn is_temporary(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode::*;
+    matches!(
+        error.rdkafka_error_code(),
+        Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | UnknownTopicOrPartition)
+    )
+}
+
+/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
+async fn shutdown() -> std::io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        interrupt = tokio::signal::ctrl_c() => interrupt,
+        _ = terminate.recv() => Ok(()),
     }
-    Ok(())
 }
