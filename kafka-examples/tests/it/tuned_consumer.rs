@@ -1,5 +1,5 @@
-//! Work that exceeds max.poll.interval.ms costs the partition, is reported, and is not committed; slow work that does
-//! not exceed it costs nothing.
+//! Work that exceeds max.poll.interval.ms costs the partition, is reported, and is not committed. Slow work that does not
+//! exceed it costs nothing.
 
 use std::time::{Duration, Instant};
 
@@ -12,81 +12,93 @@ use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
 use crate::shared;
 
-fn consumer(kafka: &Broker, limit: &str, jobs: &[&str]) -> Result<Running> {
+const TOPIC: &str = "tuned-jobs";
+
+fn consumer(kafka: &Broker, limit: &str) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_tuned_consumer"))
         .env("MAX_POLL_INTERVAL_MS", limit)
-        .args(jobs)
         .broker(kafka)
         .spawn()
 }
 
-fn judge(kafka: &Broker) -> Result<BaseConsumer> {
+async fn send(kafka: &Broker, payload: Option<&[u8]>) -> Result<()> {
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    let mut record = FutureRecord::<[u8], [u8]>::to(TOPIC).partition(0);
+    record.payload = payload;
+    let sent = producer.send(record, TIMEOUT).await;
+    sent.map_err(|(error, _)| error)?;
+    Ok(())
+}
+
+fn observer(kafka: &Broker) -> Result<BaseConsumer> {
     Ok(ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .set("group.id", "tuned-consumer")
         .create()?)
 }
 
-fn members(judge: &BaseConsumer) -> Result<usize> {
-    let groups = judge.fetch_group_list(Some("tuned-consumer"), TIMEOUT)?;
-    Ok(groups
-        .groups()
-        .first()
-        .map_or(0, |group| group.members().len()))
+fn members(observer: &BaseConsumer) -> Result<usize> {
+    let groups = observer.fetch_group_list(Some("tuned-consumer"), TIMEOUT)?;
+    let group = groups.groups().first();
+    Ok(group.map_or(0, |group| group.members().len()))
 }
 
-fn committed(judge: &BaseConsumer) -> Result<Offset> {
+fn committed(observer: &BaseConsumer) -> Result<Offset> {
     let mut asked = TopicPartitionList::new();
-    asked.add_partition("tuned-jobs", 0);
-    let list = judge.committed_offsets(asked, TIMEOUT)?;
+    asked.add_partition(TOPIC, 0);
+    let list = observer.committed_offsets(asked, TIMEOUT)?;
     Ok(list.elements()[0].offset())
 }
 
-#[test]
-fn too_long_is_out_of_the_group_and_the_job_moves_to_another() -> Result<()> {
+#[tokio::test]
+async fn work_that_is_too_long_costs_the_partition_and_the_job_moves_to_another_member()
+-> Result<()> {
     let kafka = shared::kafka(&["kafka_tuned_consumer"])?;
-    let judge = judge(&kafka)?;
-    let mut first = consumer(&kafka, "12000", &["10", "25000"])?;
-    first.wait_for("offset 1: 25000 ms of work", TIMEOUT)?;
-    assert_eq!(members(&judge)?, 1, "not yet too late");
-    first.wait_for("offset 1: still working after 9600 ms", TIMEOUT)?;
+    let observer = observer(&kafka)?;
+    send(&kafka, Some(b"10")).await?;
+    send(&kafka, Some(b"15000")).await?;
+    let mut first = consumer(&kafka, "6000")?;
+    first.wait_for("partition 0 offset 0: done", TIMEOUT)?;
+    assert_eq!(members(&observer)?, 1, "it is not yet too late");
     let deadline = Instant::now() + TIMEOUT;
-    while members(&judge)? > 0 {
+    while members(&observer)? > 0 {
         assert!(Instant::now() < deadline, "it is still a member");
         std::thread::sleep(Duration::from_millis(100));
     }
-    // It is busy, and neither dead nor told yet.
-    assert!(!first.lines().iter().any(|line| line.contains("too late")));
+    let is_too_late = |line: &String| line.contains("too late");
+    // It is busy: it is alive, and does not know yet.
+    assert!(!first.lines().iter().any(is_too_late));
 
     // Its job goes to another member while it still works on it.
-    let mut second = consumer(&kafka, "300000", &[])?;
-    second.wait_for("offset 1: 25000 ms of work", TIMEOUT)?;
-    assert!(!first.lines().iter().any(|line| line.contains("too late")));
-    first.wait_for("offset 1: done, but too late", TIMEOUT)?;
+    let mut second = consumer(&kafka, "300000")?;
+    let deadline = Instant::now() + TIMEOUT;
+    while members(&observer)? == 0 {
+        assert!(Instant::now() < deadline, "no second member");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(!first.lines().iter().any(is_too_late));
+    first.wait_for("partition 0 offset 1: done too late", TIMEOUT)?;
     first.wait_for("out of the group: ", TIMEOUT)?;
     assert_eq!(
-        committed(&judge)?,
+        committed(&observer)?,
         Offset::Offset(1),
-        "late work is not committed"
+        "late work was committed"
     );
-    second.wait_for("offset 1: done", TIMEOUT)?;
-    second.interrupt()?;
-    second.wait(TIMEOUT)?.ok()?;
-    // Longer than the session timeout of ten seconds, and yet it was a member to the end.
-    assert_eq!(committed(&judge)?, Offset::Offset(2));
-    first.interrupt()?;
+    // The job takes longer than the session timeout of ten seconds, and the second one is a member to the end.
+    second.wait_for("partition 0 offset 1: done, 15000 ms", TIMEOUT)?;
+    first.terminate()?;
+    second.terminate()?;
     first.wait(TIMEOUT)?.ok()?;
+    second.wait(TIMEOUT)?.ok()?;
+    assert_eq!(committed(&observer)?, Offset::Offset(2));
     Ok(())
 }
 
 #[tokio::test]
-async fn what_is_no_job_is_reported_and_passed_over() -> Result<()> {
+async fn malformed_job_is_reported_and_skipped() -> Result<()> {
     let kafka = shared::kafka(&["kafka_tuned_consumer"])?;
-    let mut consumer = consumer(&kafka, "300000", &["1"])?;
-    consumer.wait_for("offset 0: done", TIMEOUT)?;
-    let producer: FutureProducer = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
     let endless = u64::MAX.to_string();
     let bad = [
         None,
@@ -96,15 +108,27 @@ async fn what_is_no_job_is_reported_and_passed_over() -> Result<()> {
         Some(endless.as_bytes()),
     ];
     for payload in bad.into_iter().chain([Some(&b"1"[..])]) {
-        let mut record = FutureRecord::<[u8], [u8]>::to("tuned-jobs");
-        record.payload = payload;
-        let sent = producer.send(record, TIMEOUT).await;
-        sent.map_err(|(error, _)| error)?;
+        send(&kafka, payload).await?;
     }
-    consumer.wait_for("offset 6: done", TIMEOUT)?;
+    let mut consumer = consumer(&kafka, "300000")?;
+    consumer.wait_for("partition 0 offset 5: done", TIMEOUT)?;
     consumer.interrupt()?;
     let ended = consumer.wait(TIMEOUT)?.ok()?;
     assert_eq!(ended.stdout.matches("not a job, skipped").count(), 5);
-    assert_eq!(committed(&judge(&kafka)?)?, Offset::Offset(7));
+    assert_eq!(committed(&observer(&kafka)?)?, Offset::Offset(6));
+    Ok(())
+}
+
+#[test]
+fn a_limit_that_the_client_would_refuse_is_refused_first() -> Result<()> {
+    for limit in ["5999", "soon", ""] {
+        let refused = Example::new(env!("CARGO_BIN_EXE_kafka_tuned_consumer"))
+            .env("MAX_POLL_INTERVAL_MS", limit)
+            .env("KAFKA_BROKERS", "127.0.0.1:1")
+            .spawn()?
+            .wait(TIMEOUT)?;
+        assert_eq!(refused.code(), 1);
+        assert!(refused.stderr.contains("MAX_POLL_INTERVAL_MS is"));
+    }
     Ok(())
 }
