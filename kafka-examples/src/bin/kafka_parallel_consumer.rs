@@ -26,7 +26,7 @@
 //! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_pitfall_ordering, kafka_pitfall_auto_commit.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::pin::pin;
 use std::thread;
 use std::time::Duration;
@@ -161,14 +161,12 @@ fn store(consumer: &StreamConsumer, offsets: &mut Offsets, (partition, offset): 
 async fn in_turn(
     turn: Option<oneshot::Receiver<()>>,
     order: OwnedMessage,
-    finished: oneshot::Sender<()>,
+    _finished: oneshot::Sender<()>,
 ) -> (i32, i64) {
     if let Some(turn) = turn {
-        // An error says that its task has panicked, which ends the program.
-        let _ = turn.await;
+        let _ = turn.await; // until its task drops `_finished`
     }
     process(&order).await;
-    let _ = finished.send(());
     (order.partition(), order.offset())
 }
 
@@ -182,9 +180,7 @@ async fn process(order: &OwnedMessage) {
 }
 
 fn slot(key: &[u8]) -> usize {
-    let mut hasher = DefaultHasher::new();
-    key.hash(&mut hasher);
-    hasher.finish() as usize % SLOTS
+    BuildHasherDefault::<DefaultHasher>::default().hash_one(key) as usize % SLOTS
 }
 
 /// The client reconnects by itself after these errors. Other errors (authorization, group protocol, configuration) do not

@@ -1,8 +1,8 @@
 //! Finish the records in work before a rebalance takes them away, so that a clean handover repeats nothing
 //!
-//! This is kafka_parallel_consumer with a callback: when partitions are revoked, it waits until their records in work are
-//! done, commits, and only then lets go. A handover between members repeats nothing and keeps the order of each key. At
-//! least once: a crash, or a record that takes longer than DRAIN, repeats records.
+//! This adds a callback to kafka_parallel_consumer: when partitions are revoked, it waits until their records in work are
+//! done, and stores their positions. So a handover repeats nothing and keeps the order of each key. At least once: a crash,
+//! or a record that takes longer than DRAIN, repeats records.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_send -K : handover-orders ann:order-0 ben:order-1 ann:order-2
@@ -13,26 +13,25 @@
 //! ...
 //! 2^C
 //! ...
-//! revoked: [0, 1, 2], waited [..] ms
+//! revoked: [0, 1, 2], in work: [..], repeated: 0
 //! left the group
 //! ```
 //!
 //! Notice:
-//! - The whole group waits for the callback. `IN_FLIGHT` decides how long: more records in work, a longer rebalance.
-//! - After DRAIN the records that are still in work no longer count. Without this limit one record could stop the group.
+//! - The whole group waits for the callback: at most DRAIN, or one record could stop the group.
 //! - The callback blocks its thread. The records are worked on by other threads of the runtime.
 //!
-//! Try: send the lines of a large file, start a second one, and look for an order that is done twice.
+//! Try: start a second one while it works on the lines of a large file, and look for a line that is done twice.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_rebalance, kafka_parallel_consumer.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::io::{self, Write};
 use std::pin::pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext, Rebalance, StreamConsumer};
@@ -113,7 +112,6 @@ async fn work(consumer: &StreamConsumer<Offsets>, tasks: &mut JoinSet<i32>) -> a
                 Ok(order) => {
                     offsets.received(order.partition(), order.offset());
                     let (finished, next_turn) = oneshot::channel();
-                    // A record without a key waits for no other.
                     let turn = order.key().and_then(|key| turns[slot(key)].replace(next_turn));
                     tasks.spawn(in_turn(turn, order.detach(), offsets.clone(), finished));
                 }
@@ -125,39 +123,40 @@ async fn work(consumer: &StreamConsumer<Offsets>, tasks: &mut JoinSet<i32>) -> a
 }
 
 /// For each partition, the offsets that are received and not done, and the next offset to receive.
+type Partitions = BTreeMap<i32, (BTreeSet<i64>, i64)>;
+
 #[derive(Default)]
 struct Offsets {
-    partitions: Mutex<Partitions>,
+    map: Mutex<Partitions>,
     changed: Condvar,
 }
 
-type Partitions = BTreeMap<i32, (BTreeSet<i64>, i64)>;
+impl ClientContext for Offsets {}
 
 impl ConsumerContext for Offsets {
-    /// The pattern: wait until the revoked partitions have no record in work, store their positions, and forget them.
-    /// The client then commits the positions, and answers the group.
+    /// The pattern: wait until the revoked partitions have no record in work, and store their positions for the commit.
     fn pre_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         let Rebalance::Revoke(list) = rebalance else {
             return;
         };
         let revoked: Vec<i32> = list.elements().iter().map(|at| at.partition()).collect();
-        // A member that was too slow has lost its partitions: nothing is committed.
-        let (word, limit) = match consumer.assignment_lost() {
-            true => ("lost", Duration::ZERO),
-            false => ("revoked", DRAIN),
+        let in_work = |map: &mut Partitions| -> usize {
+            let moving = revoked.iter().filter_map(|at| map.get(at));
+            moving.map(|(pending, _)| pending.len()).sum()
         };
-        let start = Instant::now();
-        let in_work = |partitions: &mut Partitions| {
-            let mut moving = revoked.iter().filter_map(|at| partitions.get(at));
-            moving.any(|(pending, _)| !pending.is_empty())
-        };
-        let waited = self.changed.wait_timeout_while(self.lock(), limit, in_work);
-        drop(waited);
+        let before = in_work(&mut self.lock());
+        let is_busy = |map: &mut Partitions| in_work(map) > 0;
+        drop(self.changed.wait_timeout_while(self.lock(), DRAIN, is_busy));
+        let left = in_work(&mut self.lock());
         self.store(consumer, &revoked);
         self.lock().retain(|at, _| !revoked.contains(at));
-        let waited = start.elapsed().as_millis();
-        // `println!` panics when standard output is closed, and a callback must not panic.
-        let _ = writeln!(io::stdout(), "{word}: {revoked:?}, waited {waited} ms");
+        // Lost: the member was too slow, and the client commits nothing.
+        let word = ["revoked", "lost"][usize::from(consumer.assignment_lost())];
+        // `println!` would panic when standard output is closed.
+        let _ = writeln!(
+            io::stdout(),
+            "{word}: {revoked:?}, in work: {before}, repeated: {left}"
+        );
     }
 
     fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
@@ -167,20 +166,12 @@ impl ConsumerContext for Offsets {
     }
 }
 
-impl ClientContext for Offsets {}
-
 impl Offsets {
     fn received(&self, partition: i32, offset: i64) {
-        let mut partitions = self.lock();
-        let (pending, next) = partitions.entry(partition).or_default();
+        let mut map = self.lock();
+        let (pending, next) = map.entry(partition).or_default();
         pending.insert(offset);
         *next = offset + 1;
-    }
-
-    fn is_pending(&self, partition: i32, offset: i64) -> bool {
-        let partitions = self.lock();
-        let found = partitions.get(&partition);
-        found.is_some_and(|(pending, _)| pending.contains(&offset))
     }
 
     fn done(&self, partition: i32, offset: i64) {
@@ -192,41 +183,38 @@ impl Offsets {
 
     /// Stores the lowest offset that is not done, for the next commit.
     fn store(&self, consumer: &impl Consumer<Self>, partitions: &[i32]) {
-        let open = self.lock();
-        for at in partitions {
-            if let Some((pending, next)) = open.get(at)
-                // The client adds 1: it wants the offset of the last record that is done.
-                && let Err(error) = consumer.store_offset(TOPIC, *at, pending.first().unwrap_or(next) - 1)
-            {
+        let map = self.lock();
+        for (at, (pending, next)) in map.iter().filter(|(at, _)| partitions.contains(at)) {
+            // The client adds 1: it wants the offset of the last record that is done.
+            let last = pending.first().unwrap_or(next) - 1;
+            if let Err(error) = consumer.store_offset(TOPIC, *at, last) {
                 let _ = writeln!(io::stderr(), "partition {at}: not stored: {error}");
             }
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Partitions> {
-        self.partitions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Works on a record when the record before it in its slot is done, unless its partition was revoked. Returns the partition.
+/// Works on a record when the record before it in its slot is done, unless its partition was revoked.
 async fn in_turn(
     turn: Option<oneshot::Receiver<()>>,
     order: OwnedMessage,
     offsets: Arc<Offsets>,
-    finished: oneshot::Sender<()>,
+    _finished: oneshot::Sender<()>,
 ) -> i32 {
     if let Some(turn) = turn {
-        // An error says that its task has panicked, which ends the program.
-        let _ = turn.await;
+        let _ = turn.await; // until its task drops `_finished`
     }
-    if offsets.is_pending(order.partition(), order.offset()) {
+    let (partition, offset) = (order.partition(), order.offset());
+    let is_pending = |(pending, _): &(BTreeSet<i64>, i64)| pending.contains(&offset);
+    if offsets.lock().get(&partition).is_some_and(is_pending) {
         process(&order).await;
-        offsets.done(order.partition(), order.offset());
+        offsets.done(partition, offset);
     }
-    let _ = finished.send(());
-    order.partition()
+    partition
 }
 
 /// The work: 5 to 35 ms, so that records overtake each other.
@@ -239,9 +227,7 @@ async fn process(order: &OwnedMessage) {
 }
 
 fn slot(key: &[u8]) -> usize {
-    let mut hasher = DefaultHasher::new();
-    key.hash(&mut hasher);
-    hasher.finish() as usize % SLOTS
+    BuildHasherDefault::<DefaultHasher>::default().hash_one(key) as usize % SLOTS
 }
 
 /// The client reconnects by itself after these errors. Other errors (authorization, group protocol, configuration) do not

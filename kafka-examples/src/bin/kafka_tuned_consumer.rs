@@ -21,7 +21,7 @@
 //! Notice:
 //! - Here the consumer is alone, gets its own job back, and never gets past it. Only the warnings of the client tell.
 //! - For longer work: pause the partition and poll while a task works, or write the job to a database and commit.
-//! - Settings that are not here have good defaults. A setting that nobody can explain is better removed.
+//! - Settings that are not here have good defaults. Remove a setting that you cannot explain.
 //!
 //! Try: start a second member without MAX_POLL_INTERVAL_MS: it does the job of 9000 ms, and keeps it.
 //!
