@@ -1,78 +1,93 @@
-//! Without a key out of order, with a key in order, and for the reason that is given.
+//! Without a key out of order, with a key in order, and for the reason that the header gives.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use compose::Broker;
 use compose::harness::{Example, TIMEOUT};
-use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::{ClientConfig, Message};
 
+use crate::reader::read;
 use crate::shared;
 
-#[test]
-fn only_the_key_keeps_a_users_events_in_order() -> Result<()> {
-    let kafka = shared::kafka(&["kafka_pitfall_ordering"])?;
-    for _ in 0..2 {
-        let ended = Example::new(env!("CARGO_BIN_EXE_kafka_pitfall_ordering"))
-            .broker(&kafka)
-            .spawn()?
-            .wait(TIMEOUT)?
-            .ok()?;
-        let wrong: Vec<u32> = ended
-            .stdout
-            .lines()
-            .filter_map(|line| line.split_once("}, ")?.1.split(' ').next()?.parse().ok())
-            .collect();
-        assert_eq!(wrong.len(), 6, "{}", ended.stdout);
-        assert!(
-            wrong[..3].iter().all(|pairs| *pairs > 0),
-            "{}",
-            ended.stdout
-        );
-        assert_eq!(wrong[3..], [0, 0, 0], "{}", ended.stdout);
-    }
+/// For each user the number of late events: three without a key, three with a key.
+fn run(kafka: &Broker) -> Result<Vec<u32>> {
+    let ended = Example::new(env!("CARGO_BIN_EXE_kafka_pitfall_ordering"))
+        .broker(kafka)
+        .spawn()?
+        .wait(TIMEOUT)?
+        .ok()?;
+    let lines = ended.stdout.lines();
+    let late: Vec<u32> = lines
+        .filter_map(|line| line.split_once(": ")?.1.split(' ').next()?.parse().ok())
+        .collect();
+    assert_eq!(late.len(), 6, "{}", ended.stdout);
+    Ok(late)
+}
 
-    // What lies on the broker: 120 events without and with key, twice.
-    let reader: BaseConsumer = ClientConfig::new()
+async fn create(kafka: &Broker, partitions: i32) -> Result<()> {
+    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
-        .set("group.id", "reader")
-        .set("enable.auto.commit", "false")
         .create()?;
-    let mut all = TopicPartitionList::new();
-    for partition in 0..3 {
-        all.add_partition_offset("pitfall-ordering", partition, Offset::Beginning)?;
-    }
-    reader.assign(&all)?;
-    let mut keyed: BTreeMap<String, Vec<(i32, u32)>> = BTreeMap::new();
-    let (mut keyless, mut count) = (BTreeSet::new(), 0);
-    let deadline = std::time::Instant::now() + TIMEOUT;
-    while count < 480 {
-        ensure!(std::time::Instant::now() < deadline, "only {count} events");
-        let Some(record) = reader.poll(Duration::from_secs(1)).transpose()? else {
-            continue;
-        };
-        count += 1;
-        let payload = String::from_utf8_lossy(record.payload().unwrap_or_default());
-        let (user, number) = payload.split_once(' ').context("no event")?;
-        match record.key() {
-            Some(key) => {
-                assert_eq!(key, user.as_bytes());
-                let events = keyed.entry(user.to_owned()).or_default();
-                events.push((record.partition(), number.parse()?));
-            }
-            None => {
+    let topic = NewTopic::new("pitfall-ordering", partitions, TopicReplication::Fixed(1));
+    let created = admin.create_topics([&topic], &AdminOptions::new()).await?;
+    assert_eq!(created, [Ok("pitfall-ordering".to_owned())]);
+    Ok(())
+}
+
+/// The broker creates the topic with three partitions at the first run. The other topic has more.
+#[tokio::test]
+async fn only_the_key_keeps_the_events_of_a_user_in_order() -> Result<()> {
+    for partitions in [3, 7] {
+        let kafka = shared::kafka(&["kafka_pitfall_ordering"])?;
+        if partitions != 3 {
+            create(&kafka, partitions).await?;
+        }
+        for _ in 0..2 {
+            let late = run(&kafka)?;
+            assert!(late[..3].iter().all(|late| *late > 0), "{late:?}");
+            assert_eq!(late[3..], [0, 0, 0]);
+        }
+
+        // The broker has 120 events without and 120 with a key, twice.
+        let records = read(&kafka, "pitfall-ordering", "read_committed")?;
+        assert_eq!(records.len(), 480);
+        let mut keyed: BTreeMap<String, Vec<(i32, u32)>> = BTreeMap::new();
+        let mut keyless = BTreeSet::new();
+        for record in records {
+            let payload = String::from_utf8_lossy(record.payload().unwrap_or_default());
+            let (user, number) = payload.split_once(' ').context("not an event")?;
+            let Some(key) = record.key() else {
                 keyless.insert(record.partition());
-            }
+                continue;
+            };
+            assert_eq!(key, user.as_bytes());
+            let events = keyed.entry(user.to_owned()).or_default();
+            events.push((record.partition(), number.parse()?));
+        }
+        assert!(keyless.len() > 1, "{keyless:?}");
+        assert!(*keyless.last().context("none")? < partitions);
+        if partitions == 7 {
+            assert!(
+                keyless.len() > 3,
+                "the added partitions are not used: {keyless:?}"
+            );
+        }
+        for (user, events) in keyed {
+            let numbers = (0..40).chain(0..40);
+            let expected: Vec<_> = numbers.map(|number| (events[0].0, number)).collect();
+            assert_eq!(events, expected, "{user}");
         }
     }
-    assert!(keyless.len() > 1, "{keyless:?}");
-    for (user, events) in keyed {
-        let expected: Vec<_> = (0..40)
-            .chain(0..40)
-            .map(|number| (events[0].0, number))
-            .collect();
-        assert_eq!(events, expected, "{user}");
-    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn in_a_topic_with_one_partition_everything_is_in_order() -> Result<()> {
+    let kafka = shared::kafka(&["kafka_pitfall_ordering"])?;
+    create(&kafka, 1).await?;
+    assert_eq!(run(&kafka)?, [0; 6]);
     Ok(())
 }
