@@ -1,110 +1,194 @@
-//! An outage of the broker loses, doubles and reorders nothing; what is given up at the end is said to be.
+//! An outage of the broker loses, repeats and reorders nothing. Final errors end the programs with their reason.
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::fs;
 
 use anyhow::{Context, Result};
-use compose::harness::{Example, Running, TIMEOUT};
-use compose::{Broker, Service};
-use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+use compose::harness::{Example, Proxy, Running, TIMEOUT, kafka_tool};
+use compose::{Broker, Service, User};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::{ClientConfig, Message};
 
-use crate::shared;
+use crate::reader::read;
 
-fn ticks(kafka: &Broker) -> Result<Running> {
-    let mut ticks = Example::new(env!("CARGO_BIN_EXE_kafka_reconnect"))
-        .broker(kafka)
-        .spawn()?;
-    ticks.wait_for("received: tick 5", TIMEOUT)?;
-    Ok(ticks)
+const PRODUCER: &str = env!("CARGO_BIN_EXE_kafka_reconnect");
+const CONSUMER: &str = env!("CARGO_BIN_EXE_kafka_reconnect_consumer");
+
+fn start(program: &str, kafka: &Broker) -> Result<Running> {
+    Example::new(program).broker(kafka).spawn()
 }
 
-/// What is in the log, in its order.
-fn log(kafka: &Broker) -> Result<Vec<u32>> {
-    let reader: BaseConsumer = ClientConfig::new()
+async fn send(kafka: &Broker, readings: &[&str]) -> Result<()> {
+    let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
-        .set("group.id", "judge")
         .create()?;
-    let (_, end) = reader.fetch_watermarks("reconnect-ticks", 0, TIMEOUT)?;
-    let mut all = TopicPartitionList::new();
-    all.add_partition_offset("reconnect-ticks", 0, Offset::Beginning)?;
-    reader.assign(&all)?;
-    (0..end)
-        .map(|_| {
-            let mut polls = std::iter::repeat_with(|| reader.poll(Duration::from_secs(1)));
-            let record = polls.by_ref().take(30).find_map(|record| record);
-            let record = record.context("fewer records than the log says")??;
-            let text = std::str::from_utf8(record.payload().context("no payload")?)?;
-            Ok(text.parse()?)
-        })
-        .collect()
+    for reading in readings {
+        let record = FutureRecord::<(), _>::to("reconnect-readings").payload(*reading);
+        let sent = producer.send(record.partition(0), TIMEOUT).await;
+        sent.map_err(|(error, _)| error)?;
+    }
+    Ok(())
 }
 
 #[test]
-fn an_outage_loses_doubles_and_reorders_nothing() -> Result<()> {
+fn an_outage_loses_repeats_and_reorders_no_tick() -> Result<()> {
     let kafka = Broker::private(Service::Kafka)?;
-    let mut ticks = ticks(&kafka)?;
+    let mut ticks = start(PRODUCER, &kafka)?;
+    ticks.wait_for("confirmed: tick 5", TIMEOUT)?;
     for _ in 0..2 {
         kafka.kill(1)?;
-        ticks.wait_for("the broker is away", TIMEOUT)?;
-        ticks.wait_for("waiting: ", TIMEOUT)?;
+        ticks.wait_for("waiting: 10 ticks", TIMEOUT)?;
         kafka.restart(1)?;
-        ticks.wait_for("the broker is back", TIMEOUT)?;
+        ticks.wait_for("confirmed: tick", TIMEOUT)?;
     }
-    ticks.interrupt()?;
+    ticks.terminate()?;
     let ended = ticks.wait(TIMEOUT)?.ok()?;
-    let log = log(&kafka)?;
-    let expected: Vec<u32> = (0..u32::try_from(log.len())?).collect();
-    assert_eq!(log, expected);
-    let sent = log.len();
-    let last = format!(
-        "ticks sent {sent}, delivered {sent}, failed 0, received {sent}, missing 0, repeated 0\n"
+    assert!(
+        ended.stdout.ends_with("all ticks are confirmed\n"),
+        "{}",
+        ended.stdout
     );
-    assert!(ended.stdout.ends_with(&last), "{last}{}", ended.stdout);
-    Ok(())
-}
-
-#[test]
-fn ticks_given_up_while_the_broker_is_away_are_an_error() -> Result<()> {
-    let kafka = Broker::private(Service::Kafka)?;
-    let mut ticks = ticks(&kafka)?;
-    kafka.kill(1)?;
-    ticks.wait_for("the broker is away", TIMEOUT)?;
-    ticks.wait_for("waiting: ", TIMEOUT)?;
-    ticks.interrupt()?;
-    let ended = ticks.wait(Duration::from_secs(20))?;
-    assert_eq!(ended.code(), 1, "{}", ended.stderr);
-    let gone = "ticks were still waiting for the broker when this was stopped";
-    assert!(ended.stderr.contains(gone), "{}", ended.stderr);
-    // One may have been written, and not read again, when the broker went. The error says so, too.
-    let unread = ended.stderr.contains("ticks were delivered, but not read");
-    let all_read = ended.stdout.contains(", missing 0, ");
-    assert!(unread != all_read, "{}{}", ended.stdout, ended.stderr);
-    assert!(ended.stdout.contains(", repeated 0\n"), "{}", ended.stdout);
-    Ok(())
-}
-
-#[test]
-fn the_name_of_a_member_can_be_taken_over_again_and_again() -> Result<()> {
-    let kafka = shared::kafka(&["kafka_reconnect"])?;
-    for _ in 0..2 {
-        let ended = Example::new(env!("CARGO_BIN_EXE_kafka_reconnect"))
-            .args(["fatal"])
-            .broker(&kafka)
-            .spawn()?
-            .wait(TIMEOUT)?
-            .ok()?;
-        assert!(
-            ended.stdout.contains("FencedInstanceId"),
-            "{}",
-            ended.stdout
-        );
+    let mut written = Vec::new();
+    for record in read(&kafka, "reconnect-ticks", "read_committed")? {
+        let payload = record.payload().context("no payload")?;
+        written.push(std::str::from_utf8(payload)?.parse::<u32>()?);
     }
-    // Of all four, the group knows one: the last to take the name.
-    let judge: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    let groups = judge.fetch_group_list(Some("reconnect-fatal"), TIMEOUT)?;
-    let group = groups.groups().first().context("no such group")?;
-    assert!(group.members().len() <= 1, "{}", group.members().len());
+    let expected: Vec<u32> = (0..u32::try_from(written.len())?).collect();
+    assert_eq!(written, expected);
+    let last = ended.stdout.matches("confirmed: tick ").count();
+    assert!(last > 20 && last <= written.len(), "{last}");
+    Ok(())
+}
+
+#[test]
+fn ticks_that_are_given_up_are_an_error() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let mut ticks = start(PRODUCER, &kafka)?;
+    ticks.wait_for("confirmed: tick 5", TIMEOUT)?;
+    kafka.kill(1)?;
+    ticks.wait_for("waiting: 10 ticks", TIMEOUT)?;
+    ticks.interrupt()?;
+    let ended = ticks.wait(TIMEOUT)?;
+    assert_eq!(ended.code(), 1, "{}", ended.stderr);
+    let given_up = "ticks are not confirmed, and are given up";
+    assert!(ended.stderr.contains(given_up), "{}", ended.stderr);
+    assert!(!ended.stdout.contains("all ticks"), "{}", ended.stdout);
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_consumer_continues_after_an_outage_where_it_was() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    send(&kafka, &["reading-0"]).await?;
+    let mut consumer = start(CONSUMER, &kafka)?;
+    consumer.wait_for("offset 0: reading-0", TIMEOUT)?;
+    for (number, reading) in [(1, "reading-1"), (2, "reading-2")] {
+        kafka.kill(1)?;
+        consumer.wait_for("waiting for the broker: ", TIMEOUT)?;
+        kafka.restart(1)?;
+        send(&kafka, &[reading]).await?;
+        consumer.wait_for("connected again", TIMEOUT)?;
+        consumer.wait_for(&format!("offset {number}: {reading}"), TIMEOUT)?;
+    }
+    consumer.terminate()?;
+    let ended = consumer.wait(TIMEOUT)?.ok()?;
+    // One line for each outage, however many errors the client returns.
+    let waiting = ended.stdout.matches("waiting for the broker: ").count();
+    assert_eq!(waiting, 2, "{}", ended.stdout);
+    assert!(ended.stdout.ends_with("left the group\n"));
+    Ok(())
+}
+
+/// The broker answers at the address that the program knows, and tells it to continue at a port where nothing listens.
+#[test]
+fn the_address_that_fails_is_named() -> Result<()> {
+    let (kafka, proxy) = Proxy::in_front_of(Service::Kafka)?;
+    let mut properties = String::new();
+    for entry in fs::read_dir(kafka.folder())? {
+        let file = entry?.path().join("server.properties");
+        properties += &fs::read_to_string(file).unwrap_or_default();
+    }
+    properties += &fs::read_to_string(kafka.folder().join("server.properties")).unwrap_or_default();
+    let listener = properties
+        .split("PROXIED://")
+        .nth(1)
+        .context("no listener")?;
+    let listener = listener.lines().next().context("no listener")?;
+    let advertised = proxy.address();
+    assert_ne!(listener, advertised);
+    proxy.cut()?;
+    let run = |program: &str| Example::new(program).env("KAFKA_BROKERS", listener).spawn();
+    let mut ticks = run(PRODUCER)?;
+    let mut consumer = run(CONSUMER)?;
+    consumer.wait_for("waiting for the broker: ", TIMEOUT)?;
+    for program in [&mut ticks, &mut consumer] {
+        program.wait_for_line(
+            |line| line.contains(advertised) && line.contains("Connection refused"),
+            "the address",
+            TIMEOUT,
+        )?;
+    }
+    ticks.wait_for("waiting: 20 ticks", TIMEOUT)?;
+    let lines = consumer.lines();
+    let waiting = lines.iter().filter(|line| line.contains("waiting")).count();
+    assert_eq!(waiting, 1, "{lines:?}");
+    assert!(!ticks.lines().iter().any(|line| line.contains("may ")));
+    proxy.heal()?;
+    ticks.wait_for("confirmed: tick 20", TIMEOUT)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn missing_rights_end_the_programs_with_the_reason() -> Result<()> {
+    let kafka = Broker::secure(Service::Kafka)?;
+    let admin: HashMap<String, String> = kafka
+        .secured_env(User::Administrator)?
+        .into_iter()
+        .collect();
+    let tool = |class: &str, args: &[&str]| -> Result<()> {
+        let output = kafka_tool(&kafka, class, &admin)?.args(args).output()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        anyhow::ensure!(output.status.success(), "{said}");
+        Ok(())
+    };
+    let refused = |mut running: Running, reason: &str| -> Result<()> {
+        let ended = running.wait(TIMEOUT)?;
+        assert_eq!(ended.code(), 1, "{}", ended.stderr);
+        assert!(ended.stderr.contains(reason), "{}", ended.stderr);
+        assert!(!ended.stdout.contains("waiting"), "{}", ended.stdout);
+        Ok(())
+    };
+    // The application has no right to create topics.
+    refused(start(PRODUCER, &kafka)?, "TopicAuthorizationFailed")?;
+    refused(start(CONSUMER, &kafka)?, "TopicAuthorizationFailed")?;
+
+    let topics = "org.apache.kafka.tools.TopicCommand";
+    for topic in ["reconnect-ticks", "reconnect-readings"] {
+        tool(topics, &["--create", "--topic", topic, "--partitions", "5"])?;
+    }
+    let mut ticks = start(PRODUCER, &kafka)?;
+    ticks.wait_for("confirmed: tick 3", TIMEOUT)?;
+    ticks.terminate()?;
+    ticks.wait(TIMEOUT)?.ok()?;
+    send(&kafka, &["reading-0"]).await?;
+    let mut consumer = start(CONSUMER, &kafka)?;
+    consumer.wait_for("offset 0: reading-0", TIMEOUT)?;
+    // The right for the group is taken away while it works.
+    let principal = "User:ANONYMOUS";
+    tool(
+        "org.apache.kafka.tools.AclCommand",
+        &[
+            "--remove",
+            "--force",
+            "--allow-principal",
+            principal,
+            "--operation",
+            "Read",
+            "--group",
+            "*",
+        ],
+    )?;
+    refused(consumer, "GroupAuthorizationFailed")?;
+    refused(start(CONSUMER, &kafka)?, "GroupAuthorizationFailed")?;
     Ok(())
 }
