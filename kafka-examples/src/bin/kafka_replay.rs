@@ -1,268 +1,142 @@
-//! Replay a Kafka topic: from the beginning, from an offset, from a time, up to the end
+//! Replay a topic: from the beginning, from an offset or from a time, up to the end
 //!
-//! Reading does not consume: records stay until their retention ends, and whoever knows an offset can read from there
-//! again. This reader belongs to no group and commits nothing, so it disturbs nobody. It stops at what was the end when
-//! it started; records keep their order within a partition, not across partitions.
+//! Records stay in a topic until their retention ends, and reading does not remove them. This reader joins no group and
+//! commits nothing, so it disturbs no other consumer. It ends at the offsets that were the end when it started. Records
+//! are in order within a partition, not across partitions.
 //!
 //! ```console
-//! $ cargo lab run kafka_replay
-//! wrote 12 readings, one for each minute from 12:00 on, as there were none
-//! partition 0: [0, 6), reading from 0
-//! partition 1: [0, 6), reading from 0
+//! $ cargo lab run kafka_send -p 0 replay-readings '10 °C' '11 °C' '12 °C'
 //! ...
-//! 2026-01-01T12:10:00Z partition 0 offset 5: 10 °C
+//! $ cargo lab run kafka_replay offset 1
+//! partition 0: offsets 0 to 3, reading from 1
 //! ...
-//! read 12 records
-//! $ cargo lab run kafka_replay time 2026-01-01T12:09:30Z
-//! partition 0: [0, 6), reading from 5
-//! partition 1: [0, 6), reading from 5
-//! ...
+//! partition 0 offset 1, [..]: 11 °C
+//! partition 0 offset 2, [..]: 12 °C
 //! read 2 records
-//! $ cargo lab run kafka_replay offset 4
-//! partition 0: [0, 6), reading from 4
-//! partition 1: [0, 6), reading from 4
+//! $ cargo lab run kafka_replay time 2100-01-01T00:00:00Z
 //! ...
-//! read 4 records
+//! read 0 records
 //! ```
 //!
-//! Notice: a time is turned into an offset by the broker, which looks for the first record that is not older. The time
-//! of a record is what its producer says, unless the topic has `message.timestamp.type=LogAppendTime`; records may thus
-//! be out of order in time, and "from 12:10 on" may include some that are older. An offset is a position in one
-//! partition: the same number in another is unrelated.
+//! Notice:
+//! - The broker turns a time into an offset: that of the first record that is not older.
+//! - The producer sets the time of a record. So the times can be out of order, and older records can follow.
+//! - An offset belongs to one partition: the same number in another partition is an unrelated record.
+//! - Deleted records are skipped: the first lines show where reading begins.
 //!
-//! Notice too: the start is given with `assign`. `seek` only works on a partition that is already being fetched, and
-//! fails with `Erroneous state` right after `subscribe` or `assign`.
+//! Try: ask for offset 100. The lesson ends with the first error: kafka_reconnect_consumer waits for the broker.
 //!
-//! Try: ask for an offset of 100, or for a time in the future. Delete the first records (`kafka-delete-records.sh`)
-//! and ask for offset 0: reading begins at the first that is left.
-//!
-//! Settings: KAFKA_BROKERS (localhost:9092); arguments: `beginning` (the default), `offset N`, or `time` and a time in
-//! RFC 3339 as above. See also: kafka_consumer_group, kafka_admin.
+//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_tail, kafka_admin.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use chrono::{DateTime, SecondsFormat};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
-use rdkafka::consumer::{Consumer, StreamConsumer};
+use anyhow::{Context, Result, bail, ensure};
+use chrono::DateTime;
+use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::metadata::Metadata;
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
-use tokio::time::sleep;
+use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "replay-readings";
-const PARTITIONS: i32 = 2;
-const READINGS: i64 = 12;
-/// 2026-01-01T12:00:00Z in milliseconds.
-const NOON: i64 = 1_767_268_800_000;
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
+const USAGE: &str = "usage: kafka_replay [beginning | offset N | time 2026-01-01T12:00:00Z]";
 
-enum Start {
-    Beginning,
-    Offset(i64),
-    /// In milliseconds since 1970.
-    Time(i64),
-}
-
-#[tokio::main]
-async fn main() -> Result<()> {
-    let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let start = match arguments.as_slice() {
-        [] | ["beginning"] => Start::Beginning,
-        ["offset", offset] => Start::Offset(offset.parse().context("after `offset`, a number")?),
-        ["time", time] => Start::Time(
-            DateTime::parse_from_rfc3339(time)
-                .context("after `time`, one like 2026-01-01T12:09:30Z")?
-                .timestamp_millis(),
-        ),
-        _ => bail!("the arguments are `beginning`, `offset N` or `time 2026-01-01T12:09:30Z`"),
+fn main() -> Result<()> {
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let (offset, time) = match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] | ["beginning"] => (0, None),
+        ["offset", offset] => (offset.parse().context(USAGE)?, None),
+        ["time", time] => (0, Some(DateTime::parse_from_rfc3339(time).context(USAGE)?)),
+        _ => bail!(USAGE),
     };
-    create_topic(&brokers).await?;
-
-    let consumer: StreamConsumer = ClientConfig::new()
+    let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
+    let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
-        // The client insists on a name, but as nothing is subscribed or committed, there is no such group.
-        .set("group.id", "replay")
+        // The client wants a name here, although no group is joined and nothing is committed.
+        .set("group.id", "kafka_replay")
         .set("enable.auto.commit", "false")
-        // Should the record at the start have been deleted by now, say so rather than read from elsewhere.
+        // When records are deleted before they are read, this is an error and not a silent gap.
         .set("auto.offset.reset", "error")
-        // A partition says when it has been read to its end.
         .set("enable.partition.eof", "true")
         .create()?;
-    if ranges(&consumer)
-        .await?
-        .values()
-        .all(|(low, high)| low == high)
-    {
-        fill(&brokers).await?;
-    }
-
-    let ranges = ranges(&consumer).await?;
+    let topic = consumer
+        .fetch_metadata(Some(TOPIC), TIMEOUT)
+        .with_context(|| {
+            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
+        })?;
+    let wanted = match time {
+        Some(time) => offsets(&consumer, &topic, Offset::Offset(time.timestamp_millis()))?,
+        None => BTreeMap::new(),
+    };
+    let firsts = offsets(&consumer, &topic, Offset::Beginning)?;
+    let ends = offsets(&consumer, &topic, Offset::End)?;
     let mut starts = TopicPartitionList::new();
-    // Where to stop, for each partition that still has records to read.
-    let mut ends = BTreeMap::new();
-    for (partition, (low, high)) in ranges {
-        let from = match start {
-            Start::Beginning => low,
-            Start::Offset(offset) => offset.clamp(low, high),
-            Start::Time(time) => offset_at(&consumer, partition, time)?.unwrap_or(high),
-        };
-        if from < high {
-            println!("partition {partition}: [{low}, {high}), reading from {from}");
-            starts.add_partition_offset(TOPIC, partition, Offset::Offset(from))?;
-            ends.insert(partition, high);
-        } else {
-            println!("partition {partition}: [{low}, {high}), nothing to read");
-        }
+    for (partition, first) in firsts {
+        let end = ends[&partition];
+        let from = *wanted.get(&partition).unwrap_or(&offset);
+        let from = from.max(first).min(end);
+        println!("partition {partition}: offsets {first} to {end}, reading from {from}");
+        starts.add_partition_offset(TOPIC, partition, Offset::Offset(from))?;
     }
+    // `seek` would fail here: it needs a partition that is being fetched.
     consumer.assign(&starts)?;
-
-    let mut count = 0;
-    let mut stop = std::pin::pin!(tokio::signal::ctrl_c());
-    while !ends.is_empty() {
-        let received = tokio::select! {
-            // Polled first: only then is Ctrl-C ours, also during the first piece of work.
-            biased;
-            signal = &mut stop => {
-                signal?;
-                println!("interrupted");
-                break;
-            }
-            received = consumer.recv() => received,
-        };
-        let message = match received {
-            Ok(message) => message,
-            // The last offsets before the end need not hold records: the markers that end transactions take offsets
-            // too, and compaction leaves gaps.
-            Err(KafkaError::PartitionEOF(partition)) => {
-                ends.remove(&partition);
-                continue;
-            }
-            Err(
-                error @ (KafkaError::MessageConsumptionFatal(_)
-                | KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset)),
-            ) => bail!("cannot go on reading: {error}"),
-            // The client reconnects by itself, and says so each time.
-            Err(error) => {
-                eprintln!("waiting for the broker: {error}");
-                continue;
-            }
-        };
-        let (partition, offset) = (message.partition(), message.offset());
-        let Some(end) = ends.get(&partition).copied() else {
-            continue; // written after the start
-        };
-        if offset < end {
-            count += 1;
-            let time = message.timestamp().to_millis();
-            let time = time.and_then(DateTime::from_timestamp_millis).map_or_else(
-                || "no time".into(),
-                |time| time.to_rfc3339_opts(SecondsFormat::Secs, true),
-            );
-            let text = message
-                .payload()
-                .map_or_else(|| "no payload".into(), String::from_utf8_lossy);
-            println!("{time} partition {partition} offset {offset}: {text}");
-        }
-        if offset + 1 >= end {
-            ends.remove(&partition);
-        }
-    }
+    let count = replay(&consumer, ends)?;
     println!("read {count} records");
     Ok(())
 }
 
-/// For each partition the offset of the first record that is left, and the one that the next record will get.
-async fn ranges(consumer: &StreamConsumer) -> Result<BTreeMap<i32, (i64, i64)>> {
-    let deadline = Instant::now() + PATIENCE;
-    let mut ranges = BTreeMap::new();
-    for partition in 0..PARTITIONS {
-        loop {
-            match consumer.fetch_watermarks(TOPIC, partition, PATIENCE) {
-                Ok(range) => {
-                    ranges.insert(partition, range);
-                    break;
+/// Asks for one offset of each partition: the first, the end, or with a time in the place of the offset.
+fn offsets(consumer: &BaseConsumer, topic: &Metadata, at: Offset) -> Result<BTreeMap<i32, i64>> {
+    let mut list = TopicPartitionList::new();
+    for partition in topic.topics().iter().flat_map(|topic| topic.partitions()) {
+        list.add_partition_offset(TOPIC, partition.id(), at)?;
+    }
+    ensure!(list.count() > 0, "there is no topic {TOPIC}");
+    let mut found = BTreeMap::new();
+    for answer in consumer.offsets_for_times(list, TIMEOUT)?.elements() {
+        answer.error()?;
+        // -1 when all records are older than the time.
+        let offset = answer.offset().to_raw().filter(|offset| *offset >= 0);
+        found.insert(answer.partition(), offset.unwrap_or(i64::MAX));
+    }
+    Ok(found)
+}
+
+/// Prints the records of each partition up to its end, and returns their number.
+fn replay(consumer: &BaseConsumer, mut ends: BTreeMap<i32, i64>) -> Result<usize> {
+    let mut count = 0;
+    while !ends.is_empty() {
+        match consumer.poll(TIMEOUT).transpose() {
+            Ok(None) => {}
+            Ok(Some(record)) => {
+                let (partition, offset) = (record.partition(), record.offset());
+                let end = ends.get(&partition).copied().unwrap_or_default();
+                if offset < end {
+                    count += 1;
+                    let time = record.timestamp().to_millis().unwrap_or_default();
+                    let time = DateTime::from_timestamp_millis(time).unwrap_or_default();
+                    let text = String::from_utf8_lossy(record.payload().unwrap_or(b"(null)"));
+                    println!("partition {partition} offset {offset}, {time}: {text}");
                 }
-                // A topic can be created before its leaders know that they are. Nothing tells when they do.
-                Err(_) if Instant::now() < deadline => sleep(Duration::from_millis(50)).await,
-                Err(error) => bail!("{TOPIC}, partition {partition}: {error}"),
-            }
-        }
-    }
-    Ok(ranges)
-}
-
-/// The first record at or after a time; none if all are older.
-fn offset_at(consumer: &StreamConsumer, partition: i32, time: i64) -> Result<Option<i64>> {
-    let mut times = TopicPartitionList::new();
-    // The question is asked with the time in the place of the offset.
-    times.add_partition_offset(TOPIC, partition, Offset::Offset(time))?;
-    let offsets = consumer.offsets_for_times(times, PATIENCE)?;
-    let found = offsets
-        .find_partition(TOPIC, partition)
-        .context("no answer")?;
-    found.error()?;
-    Ok(match found.offset() {
-        Offset::Offset(offset) => Some(offset),
-        _ => None,
-    })
-}
-
-/// Writes readings to replay, with the times at which they were taken.
-async fn fill(brokers: &str) -> Result<()> {
-    let producer: FutureProducer = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        .set("acks", "all")
-        .set("enable.idempotence", "true")
-        .set("message.timeout.ms", "5000")
-        .create()?;
-    for minute in 0..READINGS {
-        let reading = format!("{minute} °C");
-        let record = FutureRecord::<str, str>::to(TOPIC)
-            .partition(i32::from(minute % 2 == 1))
-            .timestamp(NOON + minute * 60_000)
-            .payload(&reading);
-        let delivery = producer
-            .send(record, PATIENCE)
-            .await
-            .map_err(|(error, _)| error);
-        delivery.with_context(|| format!("reading {minute} was not delivered to {brokers}"))?;
-    }
-    println!("wrote {READINGS} readings, one for each minute from 12:00 on, as there were none");
-    Ok(())
-}
-
-/// Keeps what is older than a week, too: by default, retention goes by the times of the records.
-async fn create_topic(brokers: &str) -> Result<()> {
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        .create()?;
-    // It blocks, but nothing else runs yet.
-    admin
-        .inner()
-        .fetch_metadata(None, PATIENCE)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
-    // -1 is the broker's default replication factor.
-    let topic =
-        NewTopic::new(TOPIC, PARTITIONS, TopicReplication::Fixed(-1)).set("retention.ms", "-1");
-    let options = AdminOptions::new().request_timeout(Some(PATIENCE));
-    match admin.create_topics([&topic], &options).await {
-        Ok(results) => {
-            for result in results {
-                match result {
-                    Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
-                    Err((topic, code)) => bail!("cannot create topic {topic}: {code}"),
+                if offset + 1 >= end {
+                    ends.remove(&partition);
                 }
             }
+            // There can be offsets without a record before the end: those of transactions' ends and of compacted records.
+            Err(KafkaError::PartitionEOF(partition)) => {
+                ends.remove(&partition);
+            }
+            Err(KafkaError::MessageConsumption(RDKafkaErrorCode::AutoOffsetReset)) => {
+                bail!("records were deleted before they were read");
+            }
+            Err(error) => return Err(error.into()),
         }
-        // Not every cluster lets its clients create topics; librdkafka's mock does not.
-        Err(error) => eprintln!("leaving topic {TOPIC} to the broker: {error}"),
     }
-    Ok(())
+    Ok(count)
 }
