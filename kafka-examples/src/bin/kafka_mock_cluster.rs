@@ -1,9 +1,9 @@
-//! Test without Kafka: librdkafka's mock cluster, and what it cannot stand in for
+//! Test without Kafka: librdkafka's mock cluster as a program of its own
 //!
-//! librdkafka carries a small cluster made for its own tests. It speaks enough of the protocol for producers, consumer
-//! groups and transactions to run against it in milliseconds, and it can be told to fail on purpose. It guarantees
-//! nothing: aborted transactions stay visible to `read_committed` consumers, everything is in memory, and timestamps
-//! are not a broker's. What passes here has been tried, not proven.
+//! librdkafka has a small cluster for its own tests. Producers, consumer groups and transactions run on it within
+//! milliseconds. It guarantees nothing: aborted transactions stay visible to `read_committed` consumers, everything is in
+//! memory, and timestamps are not those of a broker. A program that works here was tried, but its guarantees were not.
+//! kafka_mock_test has the same mock inside of a unit test, where it can be told to fail.
 //!
 //! ```console
 //! $ cargo lab run kafka_mock_cluster
@@ -13,14 +13,11 @@
 //! gone
 //! ```
 //!
-//! Notice: topics cannot be created through the admin API, only by using them or, in a test, by
-//! `MockCluster::create_topic`.
+//! Notice: the admin API cannot create topics. A topic is created when it is used.
 //!
-//! Try: keep it running, and in a second terminal set KAFKA_BROKERS to what it printed and run
-//! `kafka_async_producer`. In a test of your own, `cluster.broker_down(1)` and `cluster.request_errors(…)` make it fail.
+//! Try: keep it running. In a second terminal set KAFKA_BROKERS to the printed value and run kafka_async_producer.
 //!
-//! Settings: none. `LAB_BACKEND=mock cargo lab run NAME` puts it under any Kafka example. See also:
-//! kafka_async_producer.
+//! Settings: none. `LAB_BACKEND=mock cargo lab run NAME` runs any Kafka example on it. See also: kafka_mock_test.
 
 use anyhow::{Context, Result};
 use rdkafka::mocking::MockCluster;
@@ -30,9 +27,9 @@ const BROKERS: i32 = 3;
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    // Listening starts here and not at the first await: a Ctrl-C right after the first line must not be missed.
+    // The handler is installed here and not at the first await, so that an early Ctrl-C is not missed.
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for Ctrl-C")?;
-    // It lives as long as this value does.
+    // The cluster ends when this value is dropped.
     let cluster = MockCluster::new(BROKERS).context("cannot start the mock cluster")?;
     println!("KAFKA_BROKERS={}", cluster.bootstrap_servers());
     println!(

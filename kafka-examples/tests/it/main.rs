@@ -11,7 +11,7 @@ mod consumer_group;
 mod consumer_protocol;
 mod ending;
 mod exactly_once;
-mod group_members;
+mod failover;
 mod headers_schema;
 mod idempotent_consumer;
 mod lag_monitor;
