@@ -18,7 +18,7 @@
 //! 2$ cargo lab kill kafka.3
 //! 1:
 //! ...
-//! waiting: 10 orders are not confirmed yet
+//! waiting: [..] orders are not confirmed yet
 //! 2$ cargo lab restart kafka.2
 //! 1:
 //! ...

@@ -10,7 +10,7 @@
 //! 2$ cargo lab kill kafka
 //! 1:
 //! ...
-//! waiting: 10 ticks are not confirmed yet
+//! waiting: [..] ticks are not confirmed yet
 //! 2$ cargo lab restart kafka
 //! 1:
 //! ...

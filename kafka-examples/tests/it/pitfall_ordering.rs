@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result};
-use compose::Broker;
-use compose::harness::{Example, TIMEOUT};
+use compose::harness::{Example, TIMEOUT, kafka_tool};
+use compose::{Broker, Service, User};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::{ClientConfig, Message};
@@ -89,5 +89,43 @@ async fn in_a_topic_with_one_partition_everything_is_in_order() -> Result<()> {
     let kafka = shared::kafka(&["kafka_pitfall_ordering"])?;
     create(&kafka, 1).await?;
     assert_eq!(run(&kafka)?, [0; 6]);
+    Ok(())
+}
+
+/// An administrator has created the topics, with more partitions than the broker's default.
+#[test]
+fn examples_work_without_the_right_to_create_topics() -> Result<()> {
+    let kafka = Broker::secure(Service::Kafka)?;
+    let admin = kafka
+        .secured_env(User::Administrator)?
+        .into_iter()
+        .collect();
+    for topic in [
+        "pitfall-ordering",
+        "pitfall-auto-commit-wrong",
+        "pitfall-auto-commit-right",
+    ] {
+        let mut tool = kafka_tool(&kafka, "org.apache.kafka.tools.TopicCommand", &admin)?;
+        tool.args(["--create", "--topic", topic, "--partitions", "5"]);
+        assert!(tool.output()?.status.success());
+    }
+    let late = run(&kafka)?;
+    assert!(late[..3].iter().all(|late| *late > 0), "{late:?}");
+    assert_eq!(late[3..], [0, 0, 0]);
+    Example::new(env!("CARGO_BIN_EXE_kafka_pitfall_auto_commit"))
+        .broker(&kafka)
+        .spawn()?
+        .wait(TIMEOUT)?
+        .ok()?;
+    // It creates no topic, and does not need the right for it.
+    let replay = Example::new(env!("CARGO_BIN_EXE_kafka_replay"))
+        .broker(&kafka)
+        .spawn()?
+        .wait(TIMEOUT)?;
+    assert!(
+        replay.stderr.contains("there is no topic"),
+        "{}",
+        replay.stderr
+    );
     Ok(())
 }

@@ -37,7 +37,7 @@ fn an_outage_loses_repeats_and_reorders_no_tick() -> Result<()> {
     ticks.wait_for("confirmed: tick 5", TIMEOUT)?;
     for _ in 0..2 {
         kafka.kill(1)?;
-        ticks.wait_for("waiting: 10 ticks", TIMEOUT)?;
+        ticks.wait_for("waiting: ", TIMEOUT)?;
         kafka.restart(1)?;
         ticks.wait_for("confirmed: tick", TIMEOUT)?;
     }
@@ -66,7 +66,7 @@ fn ticks_that_are_given_up_are_an_error() -> Result<()> {
     let mut ticks = start(PRODUCER, &kafka)?;
     ticks.wait_for("confirmed: tick 5", TIMEOUT)?;
     kafka.kill(1)?;
-    ticks.wait_for("waiting: 10 ticks", TIMEOUT)?;
+    ticks.wait_for("waiting: ", TIMEOUT)?;
     ticks.interrupt()?;
     let ended = ticks.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1, "{}", ended.stderr);
