@@ -71,6 +71,7 @@ impl Worker {
             .set("group.id", "mock-greeter")
             .set("enable.auto.commit", "false")
             .set("auto.offset.reset", "earliest")
+            .set("allow.auto.create.topics", "true")
             .create()?;
         consumer.subscribe(&[INPUT])?;
         Ok(Worker { consumer, producer })
