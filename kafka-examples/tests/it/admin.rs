@@ -1,77 +1,92 @@
-//! Steps that can be repeated, and a group in use that is not deleted.
+//! Each step can be repeated from any state, and a refusal is told.
 
 use std::time::Duration;
 
 use anyhow::Result;
-use compose::harness::{Example, TIMEOUT};
+use compose::harness::{Direction, Example, Finished, Proxy, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+
+fn run(kafka: &Broker) -> Result<Finished> {
+    Example::new(env!("CARGO_BIN_EXE_kafka_admin"))
+        .broker(kafka)
+        .spawn()?
+        .wait(TIMEOUT)
+}
+
+fn admin(kafka: &Broker) -> Result<AdminClient<DefaultClientContext>> {
+    Ok(ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?)
+}
+
+fn topics(kafka: &Broker) -> Result<Vec<String>> {
+    let metadata = admin(kafka)?.inner().fetch_metadata(None, TIMEOUT)?;
+    let names = metadata.topics().iter().map(|topic| topic.name());
+    Ok(names
+        .filter(|name| !name.starts_with("__"))
+        .map(str::to_owned)
+        .collect())
+}
 
 #[tokio::test]
-async fn runs_again_from_any_state_and_respects_a_group_in_use() -> Result<()> {
+async fn it_can_be_repeated_from_any_state() -> Result<()> {
     let kafka = Broker::private(Service::Kafka)?;
-    let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", kafka.address());
-    let admin: AdminClient<DefaultClientContext> = config.create()?;
-    let run = || {
-        Example::new(env!("CARGO_BIN_EXE_kafka_admin"))
-            .broker(&kafka)
-            .spawn()?
-            .wait(TIMEOUT)
-    };
-    let topics = || -> Result<Vec<String>> {
-        let metadata = admin.inner().fetch_metadata(None, TIMEOUT)?;
-        let names = metadata.topics().iter().map(|topic| topic.name());
-        Ok(names
-            .filter(|name| !name.starts_with("__"))
-            .map(str::to_owned)
-            .collect())
-    };
-    let first = run()?.ok()?.stdout;
-    assert_eq!(topics()?, Vec::<String>::new(), "nothing is left behind");
-    assert_eq!(run()?.ok()?.stdout, first);
+    let first = run(&kafka)?.ok()?.stdout;
+    assert_eq!(topics(&kafka)?, Vec::<String>::new(), "a topic is left");
+    assert_eq!(run(&kafka)?.ok()?.stdout, first);
 
-    // An earlier run that broke off has left a topic that has grown already.
+    // An earlier run has ended after it had added a partition. The topic has a setting of its own.
     let topic = NewTopic::new("admin-demo", 3, TopicReplication::Fixed(1));
+    let topic = topic.set("retention.ms", "7200000");
+    let admin = admin(&kafka)?;
     let created = admin.create_topics([&topic], &AdminOptions::new()).await?;
     assert!(created[0].is_ok(), "{created:?}");
-    let member: BaseConsumer = config
-        .clone()
-        .set("group.id", "admin-demo-group")
-        .create()?;
-    member.subscribe(&["admin-demo"])?;
-    let mut polls = 0;
-    while member.assignment()?.count() == 0 {
-        assert!(polls < 60, "the member was never assigned a partition");
-        let _ = member.poll(Duration::from_millis(500));
-        polls += 1;
+    let again = run(&kafka)?.ok()?.stdout;
+    for line in [
+        "create: TopicAlreadyExists ",
+        "describe: 3 partitions, retention.ms=7200000\n",
+        "with all settings: 3 partitions, max.message.bytes=2000000, retention.ms=7200000\n",
+        "grow to 3 partitions: InvalidPartitions ",
+        "delete: done\n",
+    ] {
+        assert!(again.contains(line), "{line:?} is missing: {again}");
     }
-    let refused = run()?;
-    assert_eq!(refused.code(), 1, "{}", refused.stdout);
-    assert!(
-        refused.stdout.contains("create topic: there already\n"),
-        "{}",
-        refused.stdout
-    );
-    // Its positions, which are the group's, are not taken from under it.
-    assert!(
-        refused.stderr.contains("admin-demo-group"),
-        "{}",
-        refused.stderr
-    );
-    assert_eq!(topics()?, ["admin-demo"]);
+    assert_eq!(topics(&kafka)?, Vec::<String>::new());
+    Ok(())
+}
 
-    // What it altered, asked of the broker.
+/// The program loses the broker after it has altered the topic, so the test sees what it has done.
+#[tokio::test]
+async fn settings_are_in_the_broker_and_a_lost_broker_ends_the_program() -> Result<()> {
+    let (kafka, proxy) = Proxy::in_front_of(Service::Kafka)?;
+    let topic = NewTopic::new("admin-demo", 6, TopicReplication::Fixed(1));
+    let topic = topic.set("retention.ms", "7200000");
+    let admin = admin(&kafka)?;
+    admin.create_topics([&topic], &AdminOptions::new()).await?;
+    // Each answer takes so long that the test is faster than the next step.
+    proxy.delay(Direction::ToClient, Duration::from_millis(300))?;
+    let mut program = Example::new(env!("CARGO_BIN_EXE_kafka_admin"))
+        .proxy(&proxy)
+        .spawn()?;
+    for _ in 0..2 {
+        program.wait_for("alter with all settings: 6 partitions", TIMEOUT)?;
+    }
+    proxy.black_hole()?;
+    let ended = program.wait(Duration::from_secs(60))?;
+    assert_eq!(ended.code(), 1, "{}", ended.stdout);
+
     let about = [ResourceSpecifier::Topic("admin-demo")];
     let described = admin.describe_configs(&about, &AdminOptions::new()).await?;
     let described = described.into_iter().next().unwrap().unwrap();
-    let value = described.get("max.message.bytes").unwrap().value.as_deref();
-    assert_eq!(value, Some("2000000"));
-    drop(member);
-    assert!(run()?.ok()?.stdout.ends_with("delete topic: not there\n"));
-    assert_eq!(topics()?, Vec::<String>::new());
+    for (name, value) in [
+        ("max.message.bytes", "2000000"),
+        ("retention.ms", "7200000"),
+    ] {
+        let found = described.get(name).unwrap().value.as_deref();
+        assert_eq!(found, Some(value), "{name}");
+    }
     Ok(())
 }

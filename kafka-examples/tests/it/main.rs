@@ -16,6 +16,7 @@ mod headers_schema;
 mod idempotent_consumer;
 mod lag_monitor;
 mod manual_commit;
+mod metrics;
 mod owner;
 mod parallel_consumer;
 mod parallel_rebalance;
