@@ -17,6 +17,7 @@ mod idempotent_consumer;
 mod lag_monitor;
 mod manual_commit;
 mod metrics;
+mod offsets;
 mod owner;
 mod parallel_consumer;
 mod parallel_rebalance;
@@ -32,6 +33,7 @@ mod send_and_tail;
 mod shared;
 mod tracing;
 mod tuned_consumer;
+mod web_service;
 mod window_aggregation;
 
 /// Without it, kafka_secure is not built, and its tests would be left out silently.
