@@ -21,14 +21,14 @@
 //! Notice:
 //! - `alter_configs` replaces the whole configuration: a setting that is not in the request gets its default again.
 //! - New partitions move the keys: later records of a key can go to another partition. Partitions cannot be removed.
-//! - The controller answers first, and each broker learns of the change a little later.
+//! - rdkafka 0.39 does not report that a broker refuses `describe_configs` or `alter_configs`: check the result.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_offsets, kafka_lag_monitor.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, bail, ensure};
+use anyhow::{Context, bail, ensure};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{
     AdminClient, AdminOptions, AlterConfig, ConfigEntry, ConfigSource, NewPartitions, NewTopic,
@@ -84,7 +84,8 @@ async fn create(admin: &Admin) -> anyhow::Result<String> {
     // In production, topics are often created by another team: then it only has to exist.
     let fine = [TopicAlreadyExists, TopicAuthorizationFailed];
     let created = outcome(results, &fine)?;
-    until("exists", async || Ok(partitions(admin)? > 0)).await?;
+    let exists = until("exists", async || Ok(partitions(admin)? > 0)).await;
+    exists.with_context(|| format!("create: {created}"))?;
     Ok(created)
 }
 
@@ -109,8 +110,7 @@ async fn alter(admin: &Admin, settings: &Settings) -> anyhow::Result<()> {
     for (name, value) in settings {
         change = change.set(name, value);
     }
-    let results = admin.alter_configs([&change], &options()).await?;
-    outcome(results, &[])?;
+    admin.alter_configs([&change], &options()).await?;
     until("is altered", async || {
         Ok(self::settings(admin).await? == *settings)
     })
@@ -129,7 +129,7 @@ fn outcome<T, N>(
     }
 }
 
-/// Waits until the broker shows the change. A code can have several meanings, and this is the proof.
+/// Waits until the brokers show the change, which the controller has told them. It also shows a refusal that was not told.
 async fn until(change: &str, shown: impl AsyncFn() -> anyhow::Result<bool>) -> anyhow::Result<()> {
     let deadline = Instant::now() + TIMEOUT;
     while !shown().await? {
@@ -151,12 +151,19 @@ async fn describe(admin: &Admin) -> anyhow::Result<String> {
 /// The settings of this topic, without the defaults.
 async fn settings(admin: &Admin) -> anyhow::Result<Settings> {
     let topic = [ResourceSpecifier::Topic(TOPIC)];
-    let results = admin.describe_configs(&topic, &options()).await?;
-    let described = results.into_iter().next().context("no answer")?;
-    let described = described.map_err(|code| anyhow!("cannot describe {TOPIC}: {code}"))?;
-    let own = |entry: &ConfigEntry| entry.source == ConfigSource::DynamicTopic;
-    let entries = described.entries.into_iter().filter(own);
-    Ok(entries
+    let topics = admin.describe_configs(&topic, &options()).await?;
+    let entries = topics.into_iter().flatten().flat_map(|topic| topic.entries);
+    let entries: Vec<ConfigEntry> = entries.collect();
+    // A topic always has entries. To write back an empty answer would reset all settings.
+    let refused = entries.is_empty();
+    ensure!(
+        !refused,
+        "cannot describe {TOPIC}: DescribeConfigs not permitted"
+    );
+    let own = entries
+        .into_iter()
+        .filter(|entry| entry.source == ConfigSource::DynamicTopic);
+    Ok(own
         .filter_map(|entry| Some((entry.name, entry.value?)))
         .collect())
 }

@@ -35,13 +35,4 @@ mod tracing;
 mod tuned_consumer;
 mod web_service;
 mod window_aggregation;
-
-/// Without it, kafka_secure is not built, and its tests would be left out silently.
-#[test]
-fn the_feature_secure_is_on() {
-    let on = cfg!(feature = "secure");
-    assert!(
-        on,
-        "add `--features kafka-examples/secure`, as the README's command does"
-    );
-}
+mod without_permission;
