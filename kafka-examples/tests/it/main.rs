@@ -8,7 +8,7 @@ mod closed_pipe;
 mod compacted_table;
 mod compression;
 mod consumer_group;
-mod consumer_protocol;
+mod crash_safe_windows;
 mod ending;
 mod exactly_once;
 mod failover;

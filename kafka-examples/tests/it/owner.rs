@@ -4,7 +4,7 @@
 pub fn owner(example: &str) -> &str {
     match example {
         "kafka_async_producer" => "kafka_consumer_group",
-        "kafka_page_views" => "kafka_window_aggregation",
+        "kafka_crash_safe_windows" | "kafka_page_views" => "kafka_window_aggregation",
         "kafka_dlq_replay" => "kafka_retry_dlq",
         _ => example,
     }
