@@ -1,240 +1,217 @@
-//! A compacted topic is a table: the latest value per key, and a tombstone deletes
+//! A compacted topic as a table: the latest value per key, and a tombstone deletes
 //!
-//! Sets and deletes prices, and rebuilds the table by reading the topic from its beginning. Compaction keeps at least
-//! the latest record of each key, for ever and in order; older ones go sooner or later. This is what event sourcing and
-//! CQRS read their views from, and what Kafka's own offsets are kept in. Any number of readers can have the whole table.
+//! Reads all prices to the end of the topic that is known at the start, prints the table, and then prints each change.
+//! Compaction keeps at least the last record of each key, forever. Older records of the key are removed later.
+//! Every reader has the whole table: no group is joined, and nothing is committed.
 //!
 //! ```console
-//! $ cargo lab run kafka_compacted_table set apple 100
-//! apple = 100 at 0
-//! $ cargo lab run kafka_compacted_table set pear 250
-//! pear = 250 at 1
-//! $ cargo lab run kafka_compacted_table set apple 120
-//! apple = 120 at 2
 //! 1$ cargo lab run kafka_compacted_table
-//! apple = 120
-//! pear = 250
-//! up to date: 2 keys from 3 records; changes follow
-//! 2$ cargo lab run kafka_compacted_table delete pear
-//! pear deleted at 3
+//! up to date: 0 keys, changes follow
+//! $ cargo lab run kafka_send -k apple compacted-table.prices 100 120
+//! ...
 //! 1:
-//! pear deleted
+//! apple = 100
+//! apple = 120
+//! $ cargo lab run kafka_send -k apple -Z compacted-table.prices ''
+//! ...
+//! 1:
+//! apple deleted
 //! 1^C
-//! 1 keys
 //! ```
 //!
-//! Notice: a tombstone is a record with a key and a null payload; an empty payload is an empty value. A table is up to
-//! date when it has read to where the topic ended at the start: until then, it may show what has long been deleted.
-//! Compaction runs in the background and never touches the newest segment, so readers must always expect old records.
-//! Tombstones go too, after `delete.retention.ms`: a reader that falls further behind may never hear of the deletion
-//! and has to start from the beginning.
+//! Notice:
+//! - A tombstone has a key and a null payload. An empty payload is an empty value, and deletes nothing.
+//! - Compaction runs in the background, and never in the newest segment. Readers must expect old records.
+//! - Tombstones are removed after `delete.retention.ms`, a day. A reader that is slower can miss a deletion.
+//! - Only records of the same key are in order. A partition that is added later is not read before a restart.
 //!
-//! The log of all events is a topic of its own, without compaction: here, the price before the last one is gone.
-//!
-//! Try: read it in two terminals; set the same key from many processes. `kafka_compacted_table fill 100000` sets ten
-//! keys again and again: wait half a minute, read the table, and see how few records are left to read.
-//!
-//! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_async_producer.
+//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_send, kafka_tail.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::pin::pin;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
-use rdkafka::consumer::{Consumer, StreamConsumer};
+use rdkafka::consumer::{Consumer, ConsumerContext, StreamConsumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::BorrowedMessage;
-use rdkafka::producer::{DeliveryFuture, FutureProducer, FutureRecord};
-use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+use rdkafka::{ClientConfig, ClientContext, Message, Offset, TopicPartitionList};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep, timeout};
+use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "compacted-table.prices";
-/// With more, a key's records would still be in order, but not those of different keys.
-const PARTITIONS: i32 = 1;
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
+    // The client logs why it reconnects; RUST_LOG chooses how much.
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
-    create_topic(&brokers).await?;
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    match arguments[..] {
-        [] => read(&brokers).await,
-        ["set", key, price] => {
-            let price: u64 = price.parse().context("the price is a number of cents")?;
-            let offset = write(&brokers, key, Some(&price.to_string())).await?;
-            println!("{key} = {price} at {offset}");
-            Ok(())
-        }
-        ["delete", key] => {
-            let offset = write(&brokers, key, None).await?;
-            println!("{key} deleted at {offset}");
-            Ok(())
-        }
-        ["fill", count] => fill(&brokers, count.parse().context("how many records?")?).await,
-        _ => bail!("usage: kafka_compacted_table [set KEY CENTS | delete KEY | fill COUNT]"),
-    }
-}
-
-/// Sets the key, or deletes it; returns the offset.
-async fn write(brokers: &str, key: &str, value: Option<&str>) -> anyhow::Result<i64> {
-    let producer = producer(brokers)?;
-    let mut record = FutureRecord::to(TOPIC).key(key);
-    // No payload is null. `payload("")` would be an empty value, and delete nothing.
-    record.payload = value;
-    let delivery = producer.send(record, PATIENCE).await;
-    let delivery = delivery
-        .map_err(|(error, _)| error)
-        .with_context(|| format!("{key}: no delivery report, it may or may not be written"))?;
-    Ok(delivery.offset)
-}
-
-fn producer(brokers: &str) -> anyhow::Result<FutureProducer> {
-    Ok(ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        // A retry must not put an old value behind a newer one.
-        .set("enable.idempotence", "true")
-        .set("message.timeout.ms", "10000")
-        .create()?)
-}
-
-/// Prints the table as it is, then every change, until Ctrl-C.
-async fn read(brokers: &str) -> anyhow::Result<()> {
-    let consumer: StreamConsumer = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        // Nothing is shared and nothing committed: each reader wants all of it, every time. librdkafka wants a name.
-        .set("group.id", "compacted-table.reader")
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", &brokers);
+    let admin = config.create()?;
+    let consumer: StreamConsumer<Errors> = config
+        // The client wants a name here, although no group is joined and nothing is committed.
+        .set("group.id", "kafka_compacted_table")
         .set("enable.auto.commit", "false")
-        .set("auto.offset.reset", "earliest")
+        // The table is wrong when records are skipped, for example in a topic that was created again.
+        .set("auto.offset.reset", "error")
         .set("enable.partition.eof", "true")
-        .create()?;
-    let mut all = TopicPartitionList::new();
-    for partition in 0..PARTITIONS {
-        all.add_partition_offset(TOPIC, partition, Offset::Beginning)?;
-    }
-    consumer.assign(&all)?;
+        .create_with_context(Errors)?;
+    consumer.fetch_metadata(None, TIMEOUT).with_context(|| {
+        format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
+    })?;
+    create_topic(&admin).await;
 
-    let mut table = BTreeMap::new();
-    let (mut records, mut unread) = (0, PARTITIONS);
-    let mut stop = pin!(tokio::signal::ctrl_c());
+    let worked = follow(&consumer).await;
+    // With the broker down, the close can hang (librdkafka issue 3740): wait no longer than TIMEOUT.
+    let (done, closed) = oneshot::channel();
+    thread::spawn(move || {
+        drop(consumer);
+        done.send(())
+    });
+    let closed = timeout(TIMEOUT, closed).await;
+    worked?;
+    closed.context("not closed: no broker answers")??;
+    Ok(())
+}
+
+/// The pattern: read to the end that is known at the start, show the table, then show each change.
+async fn follow(consumer: &StreamConsumer<Errors>) -> anyhow::Result<()> {
+    let deadline = Instant::now() + TIMEOUT;
+    let mut unread = loop {
+        match assign(consumer) {
+            // A new topic is known to the broker a moment later.
+            Err(_) if Instant::now() < deadline => sleep(TIMEOUT / 50).await,
+            ends => break ends?,
+        }
+    };
+    let (mut table, mut is_current) = (BTreeMap::new(), false);
+    let mut stop = pin!(shutdown());
     loop {
+        if unread.is_empty() && !is_current {
+            is_current = true;
+            for (key, price) in &table {
+                println!("{key} = {price}");
+            }
+            println!("up to date: {} keys, changes follow", table.len());
+        }
         let received = tokio::select! {
             biased;
-            signal = &mut stop => break signal?,
+            signal = &mut stop => return Ok(signal?),
             received = consumer.recv() => received,
         };
         match received {
             Ok(record) => {
-                records += 1;
-                if let Some(change) = apply(&mut table, &record)
-                    && unread == 0
-                {
+                let change = apply(&mut table, &record);
+                if is_current && let Some(change) = change {
                     println!("{change}");
                 }
+                // The last record can be missing, for example when it marks the end of a transaction.
+                let next = record.offset() + 1;
+                unread.retain(|partition, end| *partition != record.partition() || next < *end);
             }
-            // Reported whenever a partition's end is reached; only the first time it is news.
-            Err(KafkaError::PartitionEOF(_)) if unread > 0 => {
-                unread -= 1;
-                if unread == 0 {
-                    for (key, price) in &table {
-                        println!("{key} = {price}");
-                    }
-                    let keys = table.len();
-                    println!("up to date: {keys} keys from {records} records; changes follow");
-                }
+            Err(KafkaError::PartitionEOF(partition)) => {
+                unread.remove(&partition);
             }
-            Err(KafkaError::PartitionEOF(_)) => {}
-            Err(error @ KafkaError::MessageConsumptionFatal(_)) => bail!(error),
-            Err(error) => eprintln!("waiting for the broker: {error}"),
+            Err(error) if is_temporary(&error) => eprintln!("waiting: {error}"),
+            Err(error) => return Err(error.into()),
         }
     }
-    println!("{} keys", table.len());
-    Ok(())
 }
 
-/// Says what has changed. A record that makes no sense changes nothing: the price before it stays.
+/// Reads all partitions from the beginning. Returns the ends of those that are not empty.
+fn assign(consumer: &StreamConsumer<Errors>) -> anyhow::Result<BTreeMap<i32, i64>> {
+    let metadata = consumer.fetch_metadata(Some(TOPIC), TIMEOUT)?;
+    let (mut all, mut ends) = (TopicPartitionList::new(), BTreeMap::new());
+    let topic = metadata.topics().first().context("no metadata")?;
+    if let Some(error) = topic.error() {
+        bail!("cannot read {TOPIC}: {}", RDKafkaErrorCode::from(error));
+    }
+    for partition in topic.partitions() {
+        all.add_partition_offset(TOPIC, partition.id(), Offset::Beginning)?;
+        let (start, end) = consumer.fetch_watermarks(TOPIC, partition.id(), TIMEOUT)?;
+        if start < end {
+            ends.insert(partition.id(), end);
+        }
+    }
+    consumer.assign(&all)?;
+    Ok(ends)
+}
+
+/// Changes the table, and says how. A malformed record changes nothing: the price before it stays.
 fn apply(table: &mut BTreeMap<String, u64>, record: &BorrowedMessage<'_>) -> Option<String> {
-    let at = record.offset();
-    // The broker refuses records without a key here; the topic may have been another's before.
-    let Some(Ok(key)) = record.key().map(std::str::from_utf8) else {
-        println!("offset {at} skipped: the key is missing or not UTF-8");
-        return None;
-    };
-    let Some(payload) = record.payload() else {
-        return table.remove(key).map(|_| format!("{key} deleted"));
-    };
-    let price = std::str::from_utf8(payload).ok().map(str::parse);
-    let Some(Ok(price)) = price else {
-        println!("offset {at} skipped: not a price of {key}");
-        return None;
-    };
-    table.insert(key.to_owned(), price);
-    Some(format!("{key} = {price}"))
-}
-
-/// Sets ten keys over and over: work for the compaction.
-async fn fill(brokers: &str, count: u64) -> anyhow::Result<()> {
-    let producer = producer(brokers)?;
-    let mut reports = VecDeque::new();
-    for number in 0..count {
-        let (key, price) = (format!("key-{}", number % 10), number.to_string());
-        let record = FutureRecord::to(TOPIC).key(&key).payload(&price);
-        reports.push_back(producer.send_result(record).map_err(|(error, _)| error)?);
-        // Well below the 100,000 that fit into the producer's queue.
-        if reports.len() > 10_000
-            && let Some(oldest) = reports.pop_front()
-        {
-            written(oldest).await?;
+    let text = |bytes| std::str::from_utf8(bytes).ok();
+    let price = record.payload().map(|price| text(price)?.parse().ok());
+    match (record.key().and_then(text), price) {
+        (Some(key), None) => table.remove(key).map(|_| format!("{key} deleted")),
+        (Some(key), Some(Some(price))) => {
+            table.insert(key.to_owned(), price);
+            Some(format!("{key} = {price}"))
+        }
+        _ => {
+            let (partition, offset) = (record.partition(), record.offset());
+            println!("partition {partition} offset {offset} skipped: it needs a key and a price");
+            None
         }
     }
-    for report in reports {
-        written(report).await?;
+}
+
+/// Creates the topic. Warns when it exists and is not compacted.
+async fn create_topic(admin: &AdminClient<DefaultClientContext>) {
+    let options = AdminOptions::new().request_timeout(Some(TIMEOUT));
+    // -1 is the broker's default.
+    let topic = NewTopic::new(TOPIC, -1, TopicReplication::Fixed(-1));
+    let topic = topic.set("cleanup.policy", "compact");
+    match admin.create_topics([&topic], &options).await.as_deref() {
+        Ok([Ok(_)]) => return,
+        Ok([Err((_, RDKafkaErrorCode::TopicAlreadyExists))]) => {}
+        refused => eprintln!("{TOPIC} not created: {refused:?}"),
     }
-    println!("filled: {count} records");
-    Ok(())
+    let topic = ResourceSpecifier::Topic(TOPIC);
+    let found = admin.describe_configs([&topic], &options).await;
+    let config = found.ok().and_then(|mut found| found.pop()?.ok());
+    let policy = config.and_then(|config| config.get("cleanup.policy")?.value.clone());
+    if policy.as_deref() != Some("compact") {
+        eprintln!("cleanup.policy is {policy:?}: unless it is compact, prices are lost with time");
+    }
 }
 
-/// Only its report tells that a record was written. To empty the queue (`flush`) succeeds when all were refused, too.
-async fn written(report: DeliveryFuture) -> anyhow::Result<()> {
-    let delivery = report.await?.map_err(|(error, _)| error);
-    delivery.context("not all records were written")?;
-    Ok(())
-}
+/// The end of a partition is not an error, but the client would log it as one.
+struct Errors;
 
-async fn create_topic(brokers: &str) -> anyhow::Result<()> {
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        .create()?;
-    // It blocks, but nothing else runs yet.
-    admin
-        .inner()
-        .fetch_metadata(None, PATIENCE)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
-    // -1 is the broker's default replication factor.
-    let topic = NewTopic::new(TOPIC, PARTITIONS, TopicReplication::Fixed(-1))
-        .set("cleanup.policy", "compact")
-        // So that one sees it work: a new segment every few seconds, compacted when a tenth of it is old.
-        // The defaults are a week or a gigabyte, and a half.
-        .set("segment.ms", "5000")
-        .set("min.cleanable.dirty.ratio", "0.1")
-        // How long a reader has to hear of a deletion. The default is a day.
-        .set("delete.retention.ms", "86400000");
-    let options = AdminOptions::new().request_timeout(Some(PATIENCE));
-    match admin.create_topics(&[topic], &options).await {
-        Ok(results) => {
-            for result in results {
-                match result {
-                    Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
-                    Err((topic, code)) => bail!("cannot create topic {topic}: {code}"),
-                }
-            }
+impl ConsumerContext for Errors {}
+
+impl ClientContext for Errors {
+    fn error(&self, error: KafkaError, reason: &str) {
+        if error.rdkafka_error_code() != Some(RDKafkaErrorCode::PartitionEOF) {
+            tracing::error!("{reason}");
         }
-        // Not every cluster lets its clients create topics; librdkafka's mock does not.
-        Err(error) => eprintln!("leaving topic {TOPIC} to the broker: {error}"),
     }
-    Ok(())
+}
+
+/// The client reconnects by itself after these errors. Other errors (authorization, configuration) do not heal by waiting.
+fn is_temporary(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode::*;
+    matches!(
+        error.rdkafka_error_code(),
+        Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | UnknownTopicOrPartition)
+    )
+}
+
+/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
+async fn shutdown() -> std::io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        interrupt = tokio::signal::ctrl_c() => interrupt,
+        _ = terminate.recv() => Ok(()),
+    }
 }

@@ -1,8 +1,8 @@
 //! Crash-safe windows: counts and positions in one Kafka transaction
 //!
-//! Counts page views in tumbling windows of 5 seconds of event time, like kafka_window_aggregation. A crash at any moment
-//! changes nothing for readers with `read_committed`: each view is counted once in `page-views.counts`, or it is once in
-//! `page-views.rejected`, because it was too late or not a view. The last record of a key is the count.
+//! Counts page views in windows of 5 seconds of event time, like kafka_window_aggregation. After a crash at any moment,
+//! readers with `read_committed` find each view counted once in `page-views.counts`, where the last record of a key is
+//! the count. Or they find it once in `page-views.rejected`, because it was too late or not a view.
 //!
 //! ```console
 //! $ cargo lab run kafka_page_views 2026-01-01T12:00:00Z
@@ -243,7 +243,9 @@ impl Partition {
     /// Counts a view in the window of its own time. An error is the reason to reject it.
     fn count(&mut self, record: &BorrowedMessage<'_>) -> anyhow::Result<Count> {
         let View { page, at } = serde_json::from_slice(record.payload().unwrap_or_default())?;
-        let valid = DateTime::UNIX_EPOCH..Utc::now() + FUTURE;
+        // Compared with the time of the record and not with the clock, so that a restart decides the same.
+        let sent = DateTime::from_timestamp_millis(record.timestamp().to_millis().unwrap_or(0));
+        let valid = DateTime::UNIX_EPOCH..sent.unwrap_or_default() + FUTURE;
         ensure!(valid.contains(&at), "its time is {at}");
         ensure!(page.len() <= 1000, "its page is too long");
         let window = at.duration_trunc(WINDOW)?;

@@ -1,129 +1,274 @@
-//! The table is what was set last, before and after the broker has compacted it.
+//! The table is the latest value of each key, before and after the broker has compacted the topic.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use compose::Broker;
-use compose::harness::{Example, Finished, Running, TIMEOUT};
+use anyhow::{Result, ensure};
+use compose::harness::{Example, Running, TIMEOUT, kafka_tool};
+use compose::{Broker, Service, User};
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
-use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::producer::{BaseRecord, FutureProducer, FutureRecord, Producer, ThreadedProducer};
 
+use crate::reader;
 use crate::shared;
 
-fn table(kafka: &Broker) -> Example {
-    Example::new(env!("CARGO_BIN_EXE_kafka_compacted_table")).broker(kafka)
+const TOPIC: &str = "compacted-table.prices";
+
+fn table(kafka: &Broker) -> Result<Running> {
+    Example::new(env!("CARGO_BIN_EXE_kafka_compacted_table"))
+        .broker(kafka)
+        .spawn()
 }
 
-fn change<const N: usize>(kafka: &Broker, args: [&str; N]) -> Result<Finished> {
-    table(kafka).args(args).spawn()?.wait(TIMEOUT)?.ok()
+/// Sends with `kafka_send`, as the header says.
+fn feed<const N: usize>(kafka: &Broker, args: [&str; N]) -> Result<()> {
+    let send = Example::new(env!("CARGO_BIN_EXE_kafka_send"));
+    let mut send = send.args(args).broker(kafka).spawn()?;
+    send.wait(TIMEOUT)?.ok()?;
+    Ok(())
 }
 
-/// The table, and from how many records it was read.
-fn read(kafka: &Broker) -> Result<(BTreeMap<String, u64>, u64, Running)> {
-    let mut reader = table(kafka).spawn()?;
+/// The table as it is printed once the program has read to the end.
+fn read(kafka: &Broker) -> Result<(BTreeMap<String, u64>, Running)> {
+    let mut reader = table(kafka)?;
     let summary = reader.wait_for("up to date: ", TIMEOUT)?;
-    let (_, from) = summary.split_once(" from ").context("no count")?;
-    let records = from.split(' ').next().unwrap_or_default().parse()?;
     let mut prices = BTreeMap::new();
     for line in reader.lines() {
         if let Some((key, price)) = line.split_once(" = ") {
             prices.insert(key.to_owned(), price.parse()?);
         }
     }
-    Ok((prices, records, reader))
+    ensure!(
+        summary.contains(&format!(": {} keys", prices.len())),
+        "{summary}"
+    );
+    Ok((prices, reader))
 }
 
-#[test]
-fn compaction_keeps_the_latest_value_and_forgets_older_ones() -> Result<()> {
-    let kafka = shared::kafka(&["kafka_compacted_table"])?;
-    change(&kafka, ["set", "apple", "1"])?;
-    change(&kafka, ["set", "pear", "2"])?;
-    change(&kafka, ["delete", "pear"])?;
-    change(&kafka, ["fill", "20000"])?;
-    let mut expected = BTreeMap::from([("apple".to_owned(), 1)]);
-    expected.extend((0..10).map(|n| (format!("key-{n}"), 19_990 + n)));
-    let (prices, records, _) = read(&kafka)?;
-    assert_eq!(prices, expected);
-    assert_eq!(records, 20_003);
+fn prices<const N: usize>(prices: [(&str, u64); N]) -> BTreeMap<String, u64> {
+    prices.map(|(key, price)| (key.to_owned(), price)).into()
+}
 
-    // The cleaner looks every fifteen seconds, and at closed segments only: a write closes the one before.
+async fn create(kafka: &Broker, partitions: i32, config: &[(&str, &str)]) -> Result<()> {
+    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    let mut topic = NewTopic::new(TOPIC, partitions, TopicReplication::Fixed(1));
+    for (name, value) in config {
+        topic = topic.set(name, value);
+    }
+    let options = AdminOptions::new().operation_timeout(Some(TIMEOUT));
+    let created = admin.create_topics([&topic], &options).await?;
+    ensure!(created.iter().all(Result::is_ok), "{created:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn compaction_keeps_the_latest_value_and_removes_older_ones() -> Result<()> {
+    let kafka = shared::kafka(&["kafka_compacted_table"])?;
+    let config = [
+        ("cleanup.policy", "compact"),
+        // A new segment after some seconds, compacted when a tenth of it is old.
+        ("segment.ms", "5000"),
+        ("min.cleanable.dirty.ratio", "0.1"),
+    ];
+    create(&kafka, 1, &config).await?;
+    feed(&kafka, ["-k", "apple", TOPIC, "1"])?;
+    feed(&kafka, ["-k", "pear", TOPIC, "2"])?;
+    feed(&kafka, ["-k", "pear", "-Z", TOPIC, ""])?;
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("enable.idempotence", "true")
+        .create()?;
+    let mut reports = Vec::new();
+    for number in 0..20_000 {
+        let (key, price) = (format!("key-{}", number % 10), number.to_string());
+        let record = FutureRecord::to(TOPIC).key(&key).payload(&price);
+        reports.push(producer.send_result(record).map_err(|(error, _)| error)?);
+    }
+    for report in reports {
+        report.await?.map_err(|(error, _)| error)?;
+    }
+    let mut expected = prices([("apple", 1)]);
+    expected.extend((0..10).map(|n| (format!("key-{n}"), 19_990 + n)));
+    assert_eq!(read(&kafka)?.0, expected);
+    assert_eq!(reader::read(&kafka, TOPIC, "read_committed")?.len(), 20_003);
+
+    // The cleaner looks every 15 seconds, and only at closed segments: a write closes the segment before it.
     let deadline = Instant::now() + Duration::from_secs(90);
     loop {
         ensure!(Instant::now() < deadline, "not compacted");
-        change(&kafka, ["set", "apple", "1"])?;
-        let (prices, records, _) = read(&kafka)?;
-        assert_eq!(prices, expected);
-        if records < 1_000 {
+        feed(&kafka, ["-k", "apple", TOPIC, "1"])?;
+        assert_eq!(read(&kafka)?.0, expected);
+        if reader::read(&kafka, TOPIC, "read_committed")?.len() < 1_000 {
             return Ok(());
         }
     }
 }
 
 #[tokio::test]
-async fn an_empty_value_is_no_tombstone_and_nonsense_changes_nothing() -> Result<()> {
+async fn an_empty_value_is_not_a_tombstone_and_malformed_records_change_nothing() -> Result<()> {
     let kafka = shared::kafka(&["kafka_compacted_table"])?;
-    change(&kafka, ["set", "apple", "1"])?;
+    create(&kafka, 1, &[("cleanup.policy", "compact")]).await?;
+    feed(&kafka, ["-k", "apple", TOPIC, "1"])?;
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .set("message.timeout.ms", "5000")
         .create()?;
     for payload in [&b""[..], b"\xff", b"-1", b"99999999999999999999999"] {
-        let record = FutureRecord::to("compacted-table.prices");
-        let record = record.key("apple").payload(payload);
+        let record = FutureRecord::to(TOPIC).key("apple").payload(payload);
         producer.send(record, TIMEOUT).await.map_err(|(e, _)| e)?;
     }
     let key = &b"\xff"[..];
-    let record = FutureRecord::to("compacted-table.prices")
-        .key(key)
-        .payload("1");
+    let record = FutureRecord::to(TOPIC).key(key).payload("1");
     producer.send(record, TIMEOUT).await.map_err(|(e, _)| e)?;
-    let keyless = FutureRecord::<str, str>::to("compacted-table.prices").payload("1");
+    let without_key = FutureRecord::<str, str>::to(TOPIC).payload("1");
     ensure!(
-        producer.send(keyless, TIMEOUT).await.is_err(),
-        "no key, no row"
+        producer.send(without_key, TIMEOUT).await.is_err(),
+        "a record without a key is written"
     );
 
-    let (prices, records, mut reader) = read(&kafka)?;
-    assert_eq!(
-        (prices, records),
-        (BTreeMap::from([("apple".into(), 1)]), 6)
-    );
+    let (found, mut reader) = read(&kafka)?;
+    assert_eq!(found, prices([("apple", 1)]));
     let skipped = reader.lines();
     let skipped = skipped.iter().filter(|line| line.contains(" skipped: "));
     assert_eq!(skipped.count(), 5);
-    change(&kafka, ["set", "apple", "2"])?;
+    feed(&kafka, ["-k", "apple", TOPIC, "2"])?;
     reader.wait_for("apple = 2", TIMEOUT)?;
+    feed(&kafka, ["-k", "apple", "-Z", TOPIC, ""])?;
+    reader.wait_for("apple deleted", TIMEOUT)?;
+    reader.terminate()?;
+    reader.wait(TIMEOUT)?.ok()?;
+    assert_eq!(read(&kafka)?.0, prices([]));
+    Ok(())
+}
+
+/// The topic of the example has as many partitions as the broker makes. This one has more, and some are empty.
+#[tokio::test]
+async fn all_partitions_are_read_and_a_topic_without_compaction_is_reported() -> Result<()> {
+    let kafka = shared::kafka(&["kafka_compacted_table"])?;
+    create(&kafka, 7, &[]).await?;
+    for (partition, key) in ["a", "b", "c", "d", "e", "f"].into_iter().enumerate() {
+        let partition = partition.to_string();
+        feed(&kafka, ["-p", &partition, "-k", key, TOPIC, "1"])?;
+    }
+    let (found, mut reader) = read(&kafka)?;
+    let expected = [("a", 1), ("b", 1), ("c", 1), ("d", 1), ("e", 1), ("f", 1)];
+    assert_eq!(found, prices(expected));
+    reader.wait_for("cleanup.policy is Some(\"delete\"): ", TIMEOUT)?;
+    feed(&kafka, ["-p", "6", "-k", "g", TOPIC, "7"])?;
+    reader.wait_for("g = 7", TIMEOUT)?;
+    Ok(())
+}
+
+#[test]
+fn the_example_creates_its_topic_with_compaction() -> Result<()> {
+    let kafka = shared::kafka(&["kafka_compacted_table"])?;
+    let (found, mut reader) = read(&kafka)?;
+    assert_eq!(found, prices([]));
+    feed(&kafka, ["-k", "apple", TOPIC, "1"])?;
+    reader.wait_for("apple = 1", TIMEOUT)?;
+    reader.interrupt()?;
+    let ended = reader.wait(TIMEOUT)?.ok()?;
+    assert_eq!(ended.stderr, "");
+    // Only a compacted topic refuses a record without a key.
+    let send = Example::new(env!("CARGO_BIN_EXE_kafka_send")).args([TOPIC, "1"]);
+    let refused = send.broker(&kafka).spawn()?.wait(TIMEOUT)?;
+    assert_eq!(refused.code(), 1, "{}", refused.stdout);
+    Ok(())
+}
+
+/// The last offset of a transaction is its marker, which is not a record.
+#[test]
+fn a_topic_that_ends_with_a_transaction_is_read_to_its_end() -> Result<()> {
+    let kafka = shared::kafka(&["kafka_compacted_table"])?;
+    let (_, mut reader) = read(&kafka)?;
     reader.interrupt()?;
     reader.wait(TIMEOUT)?.ok()?;
+    let producer: ThreadedProducer<_> = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("transactional.id", "prices")
+        .create()?;
+    producer.init_transactions(TIMEOUT)?;
+    for (price, is_committed) in [("1", true), ("2", false)] {
+        producer.begin_transaction()?;
+        let record = BaseRecord::to(TOPIC).key("apple").payload(price);
+        producer.send(record).map_err(|(error, _)| error)?;
+        if is_committed {
+            producer.commit_transaction(TIMEOUT)?;
+        } else {
+            producer.flush(TIMEOUT)?;
+            producer.abort_transaction(TIMEOUT)?;
+        }
+    }
+    reader::await_markers(&kafka, TOPIC)?;
+    assert_eq!(read(&kafka)?.0, prices([("apple", 1)]));
     Ok(())
 }
 
 #[tokio::test]
-async fn what_was_not_written_is_not_reported_as_filled() -> Result<()> {
+async fn records_deleted_unread_end_the_program() -> Result<()> {
     let kafka = shared::kafka(&["kafka_compacted_table"])?;
-    change(&kafka, ["set", "apple", "1"])?;
+    create(&kafka, 1, &[("cleanup.policy", "compact,delete")]).await?;
+    feed(&kafka, ["-k", "apple", TOPIC, "1"])?;
+    let (_, mut reader) = read(&kafka)?;
+    // Frozen after the answer to its last request, so that it misses what is deleted.
+    reader.pause()?;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    feed(&kafka, ["-k", "apple", TOPIC, "2", "3"])?;
     let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .create()?;
-    // No record is that small.
-    let topic = ResourceSpecifier::Topic("compacted-table.prices");
-    let limit = AlterConfig::new(topic).set("max.message.bytes", "10");
-    let altered = admin.alter_configs([&limit], &AdminOptions::new()).await?;
-    ensure!(altered.iter().all(Result::is_ok), "{altered:?}");
-    // It is in force a moment later.
-    let deadline = Instant::now() + TIMEOUT;
-    while change(&kafka, ["set", "apple", "1"]).is_ok() {
-        ensure!(Instant::now() < deadline, "the limit is not in force");
-    }
-    let ended = table(&kafka)
-        .args(["fill", "25000"])
-        .spawn()?
-        .wait(TIMEOUT)?;
-    assert_eq!(ended.code(), 1, "{}", ended.stdout);
-    let message = "Error: not all records were written";
-    assert!(ended.stderr.contains(message), "{}", ended.stderr);
+    let mut until = rdkafka::TopicPartitionList::new();
+    until.add_partition_offset(TOPIC, 0, rdkafka::Offset::Offset(3))?;
+    let deleted = admin.delete_records(&until, &AdminOptions::new()).await?;
+    deleted.elements()[0].error()?;
+    reader.resume()?;
+    let ended = reader.wait(TIMEOUT)?;
+    assert_eq!(ended.code(), 1, "{}{}", ended.stdout, ended.stderr);
+    assert!(ended.stderr.contains("Error: "), "{}", ended.stderr);
+    Ok(())
+}
+
+#[test]
+fn without_the_permission_to_create_an_existing_topic_is_used() -> Result<()> {
+    let kafka = Broker::secure(Service::Kafka)?;
+    let ended = table(&kafka)?.wait(TIMEOUT)?;
+    assert_eq!(ended.code(), 1);
+    let reason = format!("Error: cannot read {TOPIC}: ");
+    assert!(ended.stderr.contains(&reason), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("TopicAuthorizationFailed"),
+        "{}",
+        ended.stderr
+    );
+
+    let administrator = kafka
+        .secured_env(User::Administrator)?
+        .into_iter()
+        .collect();
+    let mut tool = kafka_tool(
+        &kafka,
+        "org.apache.kafka.tools.TopicCommand",
+        &administrator,
+    )?;
+    let created = tool.args([
+        "--create",
+        "--topic",
+        TOPIC,
+        "--config",
+        "cleanup.policy=compact",
+    ]);
+    let created = created.output()?;
+    ensure!(created.status.success(), "{created:?}");
+    feed(&kafka, ["-k", "apple", TOPIC, "1"])?;
+    let (found, mut reader) = read(&kafka)?;
+    assert_eq!(found, prices([("apple", 1)]));
+    let lines = reader.lines();
+    let warned =
+        |line: &String| line.contains("not created") && line.contains("AuthorizationFailed");
+    assert!(lines.iter().any(warned), "{lines:?}");
     Ok(())
 }
