@@ -2,6 +2,7 @@
 
 mod admin;
 mod async_producer;
+mod avro;
 mod batch_producer;
 mod broker_absent;
 mod closed_pipe;
