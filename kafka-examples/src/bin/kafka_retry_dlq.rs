@@ -1,425 +1,246 @@
-//! Retry without blocking: a topic per delay, exponential backoff with jitter, then the dead-letter topic
+//! Retry later without blocking: a topic per delay, exponential backoff with jitter, then the dead-letter topic
 //!
-//! A payment that fails goes to a retry topic, where it waits its time, and those behind it go on. After five attempts,
-//! or at once if no attempt can help, it goes to the dead letters, with the cause, the attempts and its origin in the
-//! headers. At least once: a record is committed where it was after it was written where it goes. Order per key is
-//! given up: a payment that is retried is overtaken.
+//! A payment that fails moves to a retry topic and waits there, while other payments are handled. After five attempts,
+//! or at once if no attempt can help, it moves to the dead-letter topic. At least once: a record is committed after it
+//! was paid, or after its copy was written. The order of payments is lost.
 //!
 //! ```console
-//! 1$ cargo lab run kafka_retry_dlq
-//! waiting for payments
-//! 2$ cargo lab run kafka_retry_dlq send
-//! sent: payment-1, payment-2 (fails twice), payment-3 (fails always), payment-4 (no payment at all)
-//! 1:
+//! $ cargo lab run kafka_send -p 0 retry-dlq.payments '{"fails":0}' '{"fails":2}' '{'
 //! ...
-//! payment-2: attempt 1 failed: the bank does not answer; again in [..] ms
-//! ...
-//! payment-2: paid at attempt 3
-//! ...
-//! payment-3: attempt 5 failed: the bank does not answer; dead letter
+//! $ cargo lab run kafka_retry_dlq
+//! {"fails":0}: paid at attempt 1
+//! {"fails":2}: attempt 1 failed: the bank does not answer; moved to retry-dlq.payments.retry-1
+//! {: attempt 1 failed: EOF while parsing an object[..]; moved to retry-dlq.payments.dlq
+//! {"fails":2}: attempt 2 failed: the bank does not answer; moved to retry-dlq.payments.retry-2
+//! {"fails":2}: paid at attempt 3
 //! ^C
-//! ...
-//! stopped; paid: 2, to be retried: 6, dead letters: 2
-//! $ cargo lab run kafka_dlq_replay
-//! ...
-//! [..]: key payment-3, attempts 5, cause: the bank does not answer
-//! ...
-//! dead letters: 2
+//! left the group
 //! ```
 //!
-//! Notice: to sleep and try again in place would hold up the whole partition, and for longer than
-//! `max.poll.interval.ms` it would cost the membership. Here each delay has its own topic, group and consumer, so what
-//! is at its head is due first, give or take the jitter, and to sleep until then holds up nobody. Without the jitter,
-//! all that failed together would come back together.
+//! Notice:
+//! - To sleep in place would block the partition, and beyond `max.poll.interval.ms` it would cost the membership.
+//! - The timestamp of a record in a retry topic says when it is due: at most an hour ahead, by the broker's default.
 //!
-//! Try: send while it is stopped; `cargo lab kill kafka_retry_dlq` while payment-3 is on its way, and start it again.
-//!
-//! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_dlq_replay, kafka_manual_commit.
+//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_dlq_replay, kafka_production_worker.
 
-use std::fmt::Display;
-use std::io::{self, Write};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc;
+use std::pin::pin;
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
-use rdkafka::consumer::{
-    BaseConsumer, CommitMode, Consumer, ConsumerContext, Rebalance, StreamConsumer,
-};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{BorrowedMessage, Header, Headers, OwnedHeaders};
+use anyhow::Context;
+use rdkafka::consumer::{Consumer, StreamConsumer};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::message::{BorrowedMessage, Header, Timestamp};
 use rdkafka::producer::{FutureProducer, FutureRecord};
-use rdkafka::{ClientConfig, ClientContext, Message};
+use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 use serde::Deserialize;
-use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio::time::{interval, timeout};
+use tracing_subscriber::EnvFilter;
 
-const PAYMENTS: &str = "retry-dlq.payments";
-const DEAD_LETTERS: &str = "retry-dlq.payments.dlq";
-const PARTITIONS: i32 = 3;
-const ATTEMPTS: u32 = 5;
-/// Before attempt 2. It doubles with each attempt, up to the cap.
-const FIRST_DELAY_MS: u64 = 100;
-const MAX_DELAY_MS: u64 = 500;
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Time for the last commit.
-const LEAVING: Duration = Duration::from_secs(15);
-
-#[derive(Deserialize)]
-struct Payment {
-    payment_id: String,
-    /// How often the bank will not answer: what a real one does not tell.
-    #[serde(default)]
-    fails: u32,
-}
-
-enum Failure {
-    /// The next attempt may succeed.
-    Passing(String),
-    /// No attempt will: the record itself is at fault.
-    Lasting(String),
-}
-
-/// Attempt 1 is made at the topic itself, each further one at a topic of its own.
-fn topic_of(attempt: u32) -> String {
-    match attempt {
-        1 => PAYMENTS.into(),
-        _ => format!("{PAYMENTS}.retry-{}", attempt - 1),
-    }
-}
+/// The topic of each attempt, and the dead-letter topic.
+const TOPICS: [&str; 6] = [
+    "retry-dlq.payments",
+    "retry-dlq.payments.retry-1",
+    "retry-dlq.payments.retry-2",
+    "retry-dlq.payments.retry-3",
+    "retry-dlq.payments.retry-4",
+    "retry-dlq.payments.dlq",
+];
+const DEAD_LETTERS: usize = TOPICS.len() - 1;
+const GROUP: &str = "retry-dlq.payer";
+/// Before attempt 2. It doubles with each attempt, up to the maximum.
+const FIRST_DELAY_MS: i64 = 100;
+const MAX_DELAY_MS: i64 = 500;
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
+    // The client logs why it reconnects; RUST_LOG chooses how much.
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
-    create_topics(&brokers).await?;
-    let producer: FutureProducer = ClientConfig::new()
-        .set("bootstrap.servers", &brokers)
-        .set("enable.idempotence", "true")
-        .set("message.timeout.ms", "30000")
-        // The broker's limit is for what is compressed, the client's for what is not: a payment that was small enough
-        // for the one can be too large for the other, and would be tried again for ever.
-        .set("compression.type", "zstd")
-        .set("message.max.bytes", "1000000000")
-        .create()?;
-    match std::env::args().nth(1).as_deref() {
-        None => {}
-        Some("send") => return send(&producer).await,
-        Some(_) => bail!("usage: kafka_retry_dlq [send]"),
-    }
-
-    let stop = CancellationToken::new();
-    let counts = Arc::new(Counts::default());
-    let mut stages = JoinSet::new();
-    // Before anything else runs, so that no Ctrl-C is missed.
-    let mut interrupt = std::pin::pin!(tokio::signal::ctrl_c());
-    tokio::select! {
-        biased;
-        signal = &mut interrupt => signal?,
-        () = async {} => {}
-    }
-    for attempt in 1..=ATTEMPTS {
-        let stage = Stage {
-            attempt,
-            producer: producer.clone(),
-            counts: counts.clone(),
-            stop: stop.clone(),
-        };
-        let brokers = brokers.clone();
-        stages.spawn(async move { stage.run(&brokers).await });
-    }
-    tokio::select! {
-        signal = &mut interrupt => signal?,
-        // None ends by itself, except by an error.
-        Some(ended) = stages.join_next() => ended??,
-    }
-    stop.cancel();
-    while let Some(ended) = stages.join_next().await {
-        ended??;
-    }
-    let [paid, retries, dead] =
-        [&counts.paid, &counts.retries, &counts.dead].map(|count| count.load(Ordering::Relaxed));
-    println!("stopped; paid: {paid}, to be retried: {retries}, dead letters: {dead}");
-    Ok(())
-}
-
-#[derive(Default)]
-struct Counts {
-    paid: AtomicU32,
-    retries: AtomicU32,
-    dead: AtomicU32,
-}
-
-/// The consumer of one attempt.
-struct Stage {
-    attempt: u32,
-    producer: FutureProducer,
-    counts: Arc<Counts>,
-    stop: CancellationToken,
-}
-
-impl Stage {
-    async fn run(&self, brokers: &str) -> anyhow::Result<()> {
-        let topic = topic_of(self.attempt);
-        let consumer: StreamConsumer<Narrator> = ClientConfig::new()
-            .set("bootstrap.servers", brokers)
-            .set("group.id", format!("{topic}.payer"))
-            .set("auto.offset.reset", "earliest")
-            .set("enable.auto.commit", "true")
-            .set("auto.commit.interval.ms", "1000")
-            // Commit what was dealt with, and not what was merely read.
-            .set("enable.auto.offset.store", "false")
-            .set("session.timeout.ms", "10000")
-            .set("socket.timeout.ms", "5000")
-            .create_with_context(Narrator(self.attempt))?;
-        consumer.subscribe(&[&topic])?;
-        let worked = self.work(&consumer).await;
-        let left = tokio::task::block_in_place(|| leave(consumer));
-        worked.and(left)
-    }
-
-    async fn work(&self, consumer: &StreamConsumer<Narrator>) -> anyhow::Result<()> {
-        loop {
-            let received = tokio::select! {
-                () = self.stop.cancelled() => break,
-                received = consumer.recv() => received,
-            };
-            match received {
-                Ok(record) => {
-                    // Not yet handled: it is read again, and waits again, after the next start.
-                    tokio::select! {
-                        () = self.stop.cancelled() => break,
-                        () = until_due(&record) => {}
-                    }
-                    self.handle(&record).await?;
-                    consumer.store_offset_from_message(&record)?;
-                }
-                Err(error @ KafkaError::MessageConsumptionFatal(_)) => bail!(error),
-                Err(error) => eprintln!("waiting for the broker: {error}"),
-            }
-        }
-        Ok(())
-    }
-
-    /// Returns when the record was paid, or is safe in another topic.
-    async fn handle(&self, record: &BorrowedMessage<'_>) -> anyhow::Result<()> {
-        let attempt = self.attempt;
-        let key = String::from_utf8_lossy(record.key().unwrap_or_default()).into_owned();
-        let mut headers = Labels::of(record);
-        let paid = match headers.unread {
-            Some(_) => Err(Failure::Lasting("the name of a header is not UTF-8".into())),
-            None => pay(record.payload().unwrap_or_default(), attempt),
-        };
-        let (cause, lasting) = match paid {
-            Ok(()) => {
-                self.counts.paid.fetch_add(1, Ordering::Relaxed);
-                println!("{key}: paid at attempt {attempt}");
-                return Ok(());
-            }
-            Err(Failure::Passing(cause)) => (cause, false),
-            Err(Failure::Lasting(cause)) => (cause, true),
-        };
-
-        if attempt == 1 {
-            // Whatever the sender has put there.
-            headers.set("origin.topic", record.topic());
-            headers.set("origin.partition", record.partition());
-            headers.set("origin.offset", record.offset());
-        }
-        headers.set("attempts", attempt);
-        headers.set("cause", &cause);
-        let (topic, count, verdict) = if lasting || attempt == ATTEMPTS {
-            headers.remove("due");
-            (
-                DEAD_LETTERS.into(),
-                &self.counts.dead,
-                "dead letter".to_owned(),
-            )
-        } else {
-            let delay = (FIRST_DELAY_MS << (attempt - 1)).min(MAX_DELAY_MS);
-            let delay = fastrand::u64(delay / 2..=delay);
-            headers.set("due", now_ms() + delay);
-            (
-                topic_of(attempt + 1),
-                &self.counts.retries,
-                format!("again in {delay} ms"),
-            )
-        };
-        let mut outgoing = FutureRecord::<[u8], [u8]>::to(&topic).headers(headers.into_owned());
-        (outgoing.key, outgoing.payload) = (record.key(), record.payload());
-        let delivery = self.producer.send(outgoing, PATIENCE).await;
-        delivery
-            .map_err(|(error, _)| error)
-            .with_context(|| format!("cannot write to {topic}; {key} is tried again at restart"))?;
-        count.fetch_add(1, Ordering::Relaxed);
-        println!("{key}: attempt {attempt} failed: {cause}; {verdict}");
-        Ok(())
-    }
-}
-
-/// The work. A real one would ask the bank, under the payment's id: the same attempt may come twice.
-fn pay(payload: &[u8], attempt: u32) -> Result<(), Failure> {
-    let payment: Payment = serde_json::from_slice(payload)
-        .map_err(|error| Failure::Lasting(format!("not a payment: {error}")))?;
-    if payment.payment_id.is_empty() {
-        return Err(Failure::Lasting("not a payment: no id".into()));
-    }
-    if attempt <= payment.fails {
-        return Err(Failure::Passing("the bank does not answer".into()));
-    }
-    Ok(())
-}
-
-async fn until_due(record: &BorrowedMessage<'_>) {
-    let due = Labels::of(record)
-        .get("due")
-        .and_then(|due| due.parse().ok());
-    // Never longer than the longest delay, whatever the header and the clocks of other machines say.
-    let left = due.unwrap_or(0_u64).saturating_sub(now_ms());
-    tokio::time::sleep(Duration::from_millis(left.min(MAX_DELAY_MS))).await;
-}
-
-fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(0))
-}
-
-/// Headers of which each key has one value. Kafka's are a list, in which a key may occur again and again.
-#[derive(Default)]
-struct Labels {
-    list: Vec<(String, Option<Vec<u8>>)>,
-    /// All that the record came with, if it cannot be read.
-    unread: Option<OwnedHeaders>,
-}
-
-impl Labels {
-    fn of(record: &BorrowedMessage<'_>) -> Labels {
-        let Some(all) = record.headers() else {
-            return Labels::default();
-        };
-        let copy = |one: Header<'_, &[u8]>| (one.key.to_owned(), one.value.map(<[u8]>::to_vec));
-        // The crate panics on a header whose name is not UTF-8, which any other client can write.
-        let list = catch_unwind(AssertUnwindSafe(|| all.iter().map(copy).collect()));
-        let unread = list.is_err().then(|| all.detach());
-        let list = list.unwrap_or_default();
-        Labels { list, unread }
-    }
-
-    fn get(&self, key: &str) -> Option<String> {
-        let (_, value) = self.list.iter().rfind(|(name, _)| name == key)?;
-        String::from_utf8(value.clone()?).ok()
-    }
-
-    fn remove(&mut self, key: &str) {
-        self.list.retain(|(name, _)| name != key);
-    }
-
-    fn set(&mut self, key: &str, value: impl Display) {
-        self.remove(key);
-        self.list
-            .push((key.to_owned(), Some(value.to_string().into_bytes())));
-    }
-
-    fn into_owned(self) -> OwnedHeaders {
-        let unread = self.unread.unwrap_or_default();
-        self.list.iter().fold(unread, |headers, (key, value)| {
-            let value = value.as_ref();
-            headers.insert(Header { key, value })
-        })
-    }
-}
-
-/// Commits what is done and leaves the group: the others take over now and not after session.timeout.ms.
-///
-/// With the broker gone, either takes as long as that time, and sometimes never ends (librdkafka 2.12; see its issue 3740
-/// for the close). Hence a thread that can be left behind.
-fn leave(consumer: StreamConsumer<Narrator>) -> anyhow::Result<()> {
-    let (done, answers) = mpsc::channel();
-    thread::spawn(move || {
-        done.send(consumer.commit_consumer_state(CommitMode::Sync))?;
-        drop(consumer);
-        done.send(Ok(()))
-    });
-    let committed = answers.recv_timeout(LEAVING);
-    if committed.is_err() || answers.recv_timeout(PATIENCE).is_err() {
-        eprintln!("left without a word to the group: no broker answers");
-    }
-    match committed {
-        // No offset: all was committed already.
-        Ok(Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset))) => Ok(()),
-        Ok(Err(error)) => bail!("the last payments will be tried again: {error}"),
-        Err(_) => bail!("the last payments will be tried again, unless the commit has arrived"),
-    }
-}
-
-struct Narrator(u32);
-
-impl ClientContext for Narrator {}
-
-impl ConsumerContext for Narrator {
-    fn post_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
-        if let (1, Rebalance::Assign(list)) = (self.0, rebalance)
-            && list.count() > 0
-        {
-            // `println!` would panic on a closed pipe, in the middle of a rebalance.
-            let _ = writeln!(io::stdout(), "waiting for payments");
-        }
-    }
-}
-
-async fn send(producer: &FutureProducer) -> anyhow::Result<()> {
-    for (key, payload) in [
-        ("payment-1", r#"{"payment_id":"payment-1"}"#),
-        ("payment-2", r#"{"payment_id":"payment-2","fails":2}"#),
-        ("payment-3", r#"{"payment_id":"payment-3","fails":99}"#),
-        ("payment-4", r#"{"payment_id":"#),
-    ] {
-        let record = FutureRecord::to(PAYMENTS).key(key).payload(payload);
-        let delivery = producer.send(record, PATIENCE).await;
-        delivery.map_err(|(error, _)| error)?;
-    }
-    println!(
-        "sent: payment-1, payment-2 (fails twice), payment-3 (fails always), payment-4 (no payment at all)"
-    );
-    Ok(())
-}
-
-async fn create_topics(brokers: &str) -> anyhow::Result<()> {
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        .create()?;
-    // It blocks, but nothing else runs yet.
-    admin
-        .inner()
-        .fetch_metadata(None, PATIENCE)
+    let (consumer, producer) = clients(&brokers)?;
+    consumer
+        .fetch_metadata(Some(TOPICS[0]), TIMEOUT)
         .with_context(|| {
             format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
         })?;
-    let mut names: Vec<String> = (2..=ATTEMPTS).map(topic_of).collect();
-    names.push(DEAD_LETTERS.into());
-    // -1 is the broker's default replication factor.
-    let topic = |name| NewTopic::new(name, PARTITIONS, TopicReplication::Fixed(-1));
-    // Room for the largest payment and the headers that it gets.
-    let roomy = |name| topic(name).set("max.message.bytes", "10485760");
-    let mut topics: Vec<NewTopic<'_>> = names.iter().map(|name| roomy(name.as_str())).collect();
-    // More than the megabyte that clients send by default: a replay adds a header here, too.
-    topics.push(topic(PAYMENTS).set("max.message.bytes", "5242880"));
-    let options = AdminOptions::new().request_timeout(Some(PATIENCE));
-    match admin.create_topics(&topics, &options).await {
-        Ok(results) => {
-            for result in results {
-                match result {
-                    Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
-                    Err((topic, code)) => bail!("cannot create topic {topic}: {code}"),
-                }
-            }
-        }
-        // Not every cluster lets its clients create topics; librdkafka's mock does not.
-        Err(error) => eprintln!("leaving the topics to the broker: {error}"),
-    }
+    consumer.subscribe(&TOPICS[..DEAD_LETTERS])?;
+
+    let worked = work(&consumer, &producer).await;
+    // Leave the group, so that another member takes over at once. With the broker down, the close can hang
+    // (librdkafka issue 3740): wait no longer than TIMEOUT.
+    let (done, closed) = oneshot::channel();
+    thread::spawn(move || {
+        drop(consumer);
+        done.send(())
+    });
+    let closed = timeout(TIMEOUT, closed).await;
+    worked?;
+    closed.context("closed without leaving the group: no broker answers")??;
+    println!("left the group");
     Ok(())
+}
+
+/// Handles one record after another, until Ctrl-C or SIGTERM.
+async fn work(consumer: &StreamConsumer, producer: &FutureProducer) -> anyhow::Result<()> {
+    let mut paused: Vec<(Instant, TopicPartitionList)> = Vec::new();
+    let mut tick = interval(Duration::from_millis(50));
+    let mut stop = pin!(shutdown());
+    loop {
+        let received = tokio::select! {
+            biased;
+            signal = &mut stop => return Ok(signal?),
+            _ = tick.tick() => {
+                paused.retain(|(due, at)| Instant::now() < *due || consumer.resume(at).is_err());
+                continue;
+            }
+            received = consumer.recv() => received,
+        };
+        match received {
+            Ok(record) => match put_back(consumer, &record) {
+                Some(until) => paused.push(until),
+                None => {
+                    handle(&record, producer).await?;
+                    // It fails when the partition was lost: its next owner handles the record again.
+                    let _ = consumer.store_offset_from_message(&record);
+                }
+            },
+            Err(error) if is_temporary(&error) => eprintln!("waiting: {error}"),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// The pattern: a record that is not due is put back, and its partition is paused until then. The polling continues: other
+/// partitions are handled, and the group sees that this member is alive.
+fn put_back(
+    consumer: &StreamConsumer,
+    record: &BorrowedMessage<'_>,
+) -> Option<(Instant, TopicPartitionList)> {
+    let (topic, partition, offset) = (record.topic(), record.partition(), record.offset());
+    let left = record.timestamp().to_millis()?.saturating_sub(now());
+    if topic == TOPICS[0] || left <= 0 {
+        return None;
+    }
+    let mut list = TopicPartitionList::new();
+    list.add_partition(topic, partition);
+    // If one of these fails, the record is handled too early, which harms nothing.
+    let sought = consumer.seek(topic, partition, Offset::Offset(offset), TIMEOUT);
+    sought.and_then(|()| consumer.pause(&list)).ok()?;
+    // At most MAX_DELAY_MS, whatever clock has set the timestamp.
+    let left = Duration::from_millis(left.min(MAX_DELAY_MS).unsigned_abs());
+    Some((Instant::now() + left, list))
+}
+
+/// Pays, or moves the payment to the topic of its next attempt or to the dead-letter topic.
+async fn handle(record: &BorrowedMessage<'_>, producer: &FutureProducer) -> anyhow::Result<()> {
+    let stage = TOPICS.iter().position(|topic| *topic == record.topic());
+    let attempt = stage.unwrap_or(0) + 1;
+    let name = String::from_utf8_lossy(record.payload().unwrap_or_default());
+    let name: String = name.chars().take(40).collect();
+    let Err((next, reason)) = pay(record.payload(), attempt) else {
+        println!("{name}: paid at attempt {attempt}");
+        return Ok(());
+    };
+    let moved = copy(record, next, &reason, producer).await;
+    moved.with_context(|| format!("cannot write to {}", TOPICS[next]))?;
+    let next = TOPICS[next];
+    println!("{name}: attempt {attempt} failed: {reason}; moved to {next}");
+    Ok(())
+}
+
+/// The work. Simulated: a real payment has no field `fails`. An error names the next topic and the reason.
+fn pay(payload: Option<&[u8]>, attempt: usize) -> Result<(), (usize, String)> {
+    #[derive(Deserialize)]
+    struct Payment {
+        fails: usize,
+    }
+    match serde_json::from_slice::<Payment>(payload.unwrap_or_default()) {
+        Ok(payment) if payment.fails < attempt => Ok(()),
+        Ok(_) => Err((attempt, "the bank does not answer".into())),
+        // No attempt can succeed.
+        Err(error) => Err((DEAD_LETTERS, error.to_string().chars().take(200).collect())),
+    }
+}
+
+/// Writes a copy, and returns when all in-sync replicas have it.
+async fn copy(
+    record: &BorrowedMessage<'_>,
+    next: usize,
+    reason: &str,
+    producer: &FutureProducer,
+) -> KafkaResult<()> {
+    let (topic, partition, offset) = (record.topic(), record.partition(), record.offset());
+    let origin = format!("{topic}/{partition}/{offset}");
+    let origin = (topic == TOPICS[0]).then_some(("origin", &*origin));
+    let reason = (next == DEAD_LETTERS).then_some(("reason", reason));
+    let mut headers = record.headers().map(|all| all.detach()).unwrap_or_default();
+    for (key, value) in origin.into_iter().chain(reason) {
+        let value = Some(value);
+        headers = headers.insert(Header { key, value });
+    }
+    let mut copy = FutureRecord::<[u8], [u8]>::to(TOPICS[next]).headers(headers.clone());
+    (copy.key, copy.payload) = (record.key(), record.payload());
+    if next < DEAD_LETTERS {
+        let delay = MAX_DELAY_MS.min(FIRST_DELAY_MS << (next - 1));
+        // Without jitter, all payments that failed together would be tried again together.
+        copy.timestamp = Some(now() + fastrand::i64(delay / 2..=delay));
+    }
+    let mut sent = producer.send(copy, TIMEOUT).await;
+    let too_large = KafkaError::MessageProduction(RDKafkaErrorCode::MessageSizeTooLarge);
+    if sent.as_ref().is_err_and(|(error, _)| *error == too_large) {
+        // The headers have made it too large. `origin` says where key and payload are.
+        let copy = FutureRecord::<[u8], [u8]>::to(TOPICS[DEAD_LETTERS]);
+        sent = producer.send(copy.headers(headers), TIMEOUT).await;
+    }
+    sent.map(drop).map_err(|(error, _)| error)
+}
+
+fn now() -> i64 {
+    Timestamp::now().to_millis().unwrap_or(0)
+}
+
+fn clients(brokers: &str) -> KafkaResult<(StreamConsumer, FutureProducer)> {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", brokers);
+    let producer = config
+        .clone()
+        .set("message.timeout.ms", "30000")
+        // The client checks the size before it compresses, the broker afterwards.
+        .set("compression.type", "zstd")
+        .set("message.max.bytes", "1000000000")
+        .create()?;
+    let consumer = config
+        .set("group.id", GROUP)
+        .set("auto.offset.reset", "earliest")
+        .set("allow.auto.create.topics", "true")
+        .set("enable.auto.offset.store", "false")
+        .set("auto.commit.interval.ms", "1000")
+        // Each pause drops the records that were read ahead: read less ahead.
+        .set("queued.max.messages.kbytes", "1024")
+        .create()?;
+    Ok((consumer, producer))
+}
+
+/// The client reconnects by itself after these errors. Others (authorization, group protocol) do not heal by waiting.
+fn is_temporary(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode::*;
+    matches!(
+        error.rdkafka_error_code(),
+        Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | UnknownTopicOrPartition)
+    )
+}
+
+/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
+async fn shutdown() -> std::io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        interrupt = tokio::signal::ctrl_c() => interrupt,
+        _ = terminate.recv() => Ok(()),
+    }
 }

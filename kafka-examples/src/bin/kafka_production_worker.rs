@@ -1,0 +1,250 @@
+//! A worker to start a service from: typed messages, retries, dead letters, metrics, a clean end
+//!
+//! Write your message type and your action below the line "yours from here". At least once: a record is committed after
+//! `handle` said `Done`, or after a copy of it is in a retry topic (`Retry`) or in the dead-letter topic (`Dead`).
+//! A retry never gives up, and holds up no other order. A crash or a rebalance repeats the orders in work.
+//!
+//! ```console
+//! $ cargo lab run kafka_send worker-orders '{"order_id":1,"amount_cents":500}' '{"order_id":"two"}'
+//! ...
+//! $ RECEIPTS=/nowhere cargo lab run kafka_production_worker
+//! ...
+//! worker-orders.retry-1s/[..]: retry No such file or directory (os error 2)
+//! ...
+//! ^C
+//! left the groups
+//! ```
+//!
+//! Settings: KAFKA_BROKERS (localhost:9092), METRICS_PORT (none), RUST_LOG. See also: kafka_retry_dlq, kafka_lag_monitor.
+
+use std::time::{Duration, Instant};
+
+use Outcome::{Dead, Done, Retry};
+use anyhow::Context;
+use futures::{FutureExt, StreamExt, TryStreamExt, future};
+use metrics::{counter, gauge, histogram};
+use metrics_exporter_prometheus::PrometheusBuilder;
+use rdkafka::consumer::{Consumer, StreamConsumer};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::message::{BorrowedMessage as Record, Header, Timestamp};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::{ClientConfig, Message};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{sleep, timeout};
+use tracing::{Instrument, info_span};
+
+/// How long a record waits in the topic with this suffix. `Retry` moves it to the next, and from the last to its end.
+const DELAYS_MS: [u64; 4] = [0, 1000, 10_000, 60_000];
+const SUFFIXES: [&str; 4] = ["", ".retry-1s", ".retry-10s", ".retry-60s"];
+const CONCURRENCY: usize = 16;
+const HANDLE_LIMIT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+enum Outcome {
+    Done,
+    /// The world is at fault, for example a server that is down. `Dead`: the message is, and no attempt can succeed.
+    Retry(String),
+    Dead(String),
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    // The client logs why it reconnects; RUST_LOG chooses how much.
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    if let Ok(port) = std::env::var("METRICS_PORT") {
+        let port: u16 = port.parse().context("METRICS_PORT is a port")?;
+        let exporter = PrometheusBuilder::new().with_http_listener(([127, 0, 0, 1], port));
+        exporter.set_buckets(&[0.01, 0.1, 1.0, 10.0])?.install()?;
+    }
+    let workers = workers()?;
+    let worked = future::try_join_all(workers.iter().map(Worker::run)).await;
+    // Commit and leave the groups, so that another member takes over at once. With the broker down, the close can hang
+    // (librdkafka issue 3740): wait no longer than TIMEOUT.
+    let (done, closed) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        drop(workers);
+        done.send(())
+    });
+    let closed = timeout(TIMEOUT, closed).await;
+    worked?;
+    closed.context("closed without leaving the groups: no broker answers")??;
+    println!("left the groups");
+    Ok(())
+}
+
+/// Reads one of the topics, in a group of its own: a record that waits holds up no rebalance of another topic.
+struct Worker {
+    stage: usize,
+    consumer: StreamConsumer,
+    producer: FutureProducer,
+}
+
+impl Worker {
+    /// The pattern: handles CONCURRENCY records at once, but stores their offsets in order, so that the committed position
+    /// never passes a record that is not done. After Ctrl-C or SIGTERM it finishes these records, for TIMEOUT at most.
+    async fn run(&self) -> KafkaResult<()> {
+        let stop = shutdown().map(drop).shared();
+        let late = stop.clone().then(|()| sleep(TIMEOUT));
+        let records = self.consumer.stream();
+        records
+            .inspect_err(|error| eprintln!("{TOPIC}{}: {error}", SUFFIXES[self.stage]))
+            .filter(|received| future::ready(!received.as_ref().is_err_and(is_temporary)))
+            .and_then(|record| self.until_due(record))
+            .take_until(stop)
+            .map_ok(|record| self.work(record))
+            .try_buffered(CONCURRENCY)
+            .take_until(late)
+            // It fails when the partition was lost: its next owner repeats the record.
+            .map_ok(|record| self.consumer.store_offset_from_message(&record).ok())
+            .try_for_each(|_| future::ready(Ok(())))
+            .await
+    }
+
+    /// Waits until a record of a retry topic is due. The records after it are due later.
+    async fn until_due<'a>(&self, record: Record<'a>) -> KafkaResult<Record<'a>> {
+        let millis = |time: Timestamp| time.to_millis().unwrap_or(0);
+        let age = millis(Timestamp::now()).saturating_sub(millis(record.timestamp()));
+        let left = DELAYS_MS[self.stage].saturating_sub(age.max(0).unsigned_abs());
+        if left > 0 {
+            sleep(Duration::from_millis(left)).await;
+        }
+        gauge!("worker_lag_seconds", "topic" => record.topic().to_owned()).set(age as f64 / 1000.0);
+        Ok(record)
+    }
+
+    /// A record is done when `handle` says so, or when a copy of it is in another topic.
+    async fn work<'a>(&self, record: Record<'a>) -> KafkaResult<Record<'a>> {
+        let (topic, partition, offset) = (record.topic(), record.partition(), record.offset());
+        let place = format!("{topic}/{partition}/{offset}");
+        let next = SUFFIXES[SUFFIXES.len().min(self.stage + 2) - 1];
+        let (outcome, to, reason) = match attempt(record.payload(), &place).await {
+            Done => ("done", None, String::new()),
+            Retry(reason) => ("retry", Some(next), reason),
+            Dead(reason) => ("dead", Some(".dlq"), reason),
+        };
+        if let Some(to) = to {
+            self.copy(&record, &place, to, &reason).await?;
+        }
+        counter!("worker_messages_total", "outcome" => outcome).increment(1);
+        println!("{}", format!("{place}: {outcome} {reason}").trim_end());
+        Ok(record)
+    }
+
+    /// Writes a copy to another topic, however long the broker is down. An error is a refusal.
+    async fn copy(&self, record: &Record<'_>, place: &str, to: &str, why: &str) -> KafkaResult<()> {
+        let topic = format!("{TOPIC}{to}");
+        let origin = (self.stage == 0).then(|| ("origin", place.to_owned()));
+        let reason = (to == ".dlq").then(|| ("reason", why.chars().take(200).collect()));
+        let mut headers = record.headers().map(|all| all.detach()).unwrap_or_default();
+        for (key, value) in origin.iter().chain(&reason) {
+            let value = Some(value);
+            headers = headers.insert(Header { key, value });
+        }
+        let mut copy = FutureRecord::<[u8], [u8]>::to(&topic).headers(headers.clone());
+        (copy.key, copy.payload) = (record.key(), record.payload());
+        let mut sent = self.producer.send(copy, TIMEOUT).await;
+        let too_large = KafkaError::MessageProduction(RDKafkaErrorCode::MessageSizeTooLarge);
+        if to == ".dlq" && sent.as_ref().is_err_and(|(error, _)| *error == too_large) {
+            // The headers have made it too large. `origin` says where key and payload are.
+            let copy = FutureRecord::<[u8], [u8]>::to(&topic).headers(headers);
+            sent = self.producer.send(copy, TIMEOUT).await;
+        }
+        let sent = sent.map(drop).map_err(|(error, _)| error);
+        sent.inspect_err(|error| eprintln!("cannot write {place} to {topic}: {error}"))
+    }
+}
+
+/// Calls `handle`, in a task of its own: a panic does not end the worker.
+async fn attempt(payload: Option<&[u8]>, place: &str) -> Outcome {
+    let handling = match serde_json::from_slice(payload.unwrap_or_default()).map(handle) {
+        Ok(handling) => timeout(HANDLE_LIMIT, handling).instrument(info_span!("handle", place)),
+        Err(error) => return Dead(format!("malformed: {error}")),
+    };
+    let started = Instant::now();
+    let ended = tokio::spawn(handling).await;
+    histogram!("worker_message_seconds").record(started.elapsed());
+    match ended {
+        Ok(Ok(outcome)) => outcome,
+        Ok(Err(_)) => Retry(format!("not done within {HANDLE_LIMIT:?}")),
+        Err(panic) => Dead(panic.to_string()),
+    }
+}
+
+fn workers() -> anyhow::Result<Vec<Worker>> {
+    let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
+    let absent = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", brokers);
+    let producer: FutureProducer = config
+        .clone()
+        .set("message.timeout.ms", "0")
+        // The client checks the size before it compresses, the broker afterwards.
+        .set("compression.type", "zstd")
+        .set("message.max.bytes", "1000000000")
+        .create()?;
+    config
+        .set("auto.offset.reset", "earliest")
+        .set("allow.auto.create.topics", "true")
+        .set("enable.auto.offset.store", "false")
+        // Longer than the longest delay, and than a broker is down while a copy waits for it.
+        .set("max.poll.interval.ms", "3600000");
+    let workers = SUFFIXES.iter().enumerate().map(|(stage, suffix)| {
+        let (topic, producer) = (format!("{TOPIC}{suffix}"), producer.clone());
+        config.set("group.id", format!("{GROUP}{suffix}"));
+        let consumer: StreamConsumer = config.create()?;
+        let metadata = consumer.fetch_metadata(Some(&topic), TIMEOUT);
+        metadata.with_context(|| absent.clone())?;
+        consumer.subscribe(&[&topic])?;
+        Ok(Worker {
+            stage,
+            consumer,
+            producer,
+        })
+    });
+    workers.collect()
+}
+
+/// The client reconnects by itself after these errors. Others (authorization, group protocol) end the worker.
+fn is_temporary(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode::*;
+    matches!(
+        error.rdkafka_error_code(),
+        Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | UnknownTopicOrPartition)
+    )
+}
+
+/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
+async fn shutdown() -> std::io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        interrupt = tokio::signal::ctrl_c() => interrupt,
+        _ = terminate.recv() => Ok(()),
+    }
+}
+
+// ---- yours from here ----
+const TOPIC: &str = "worker-orders";
+const GROUP: &str = "order-worker";
+
+#[derive(serde::Deserialize)]
+struct Order {
+    order_id: u64,
+    amount_cents: u64,
+}
+
+/// It can be called twice with the same order.
+async fn handle(order: Order) -> Outcome {
+    if order.amount_cents == 0 {
+        return Dead("nothing to pay".into());
+    }
+    // A receipt stands for a mail, a row in a database, a call of an API.
+    let folder = std::env::var("RECEIPTS").unwrap_or_else(|_| ".".into());
+    let receipt = format!("{folder}/receipt-{}.txt", order.order_id);
+    match tokio::fs::write(receipt, order.amount_cents.to_string()).await {
+        Ok(()) => Done,
+        Err(error) => Retry(error.to_string()),
+    }
+}
