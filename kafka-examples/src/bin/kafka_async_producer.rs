@@ -31,7 +31,6 @@ use rdkafka::ClientConfig;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use serde::Serialize;
-use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "group-orders";
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -48,10 +47,10 @@ struct Order {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     // The client logs which address fails, and why.
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let count: u32 = match std::env::args().nth(1) {
         Some(count) => count
             .parse()
@@ -68,12 +67,9 @@ async fn main() -> anyhow::Result<()> {
         .set("message.timeout.ms", "5000")
         .set("partitioner", "murmur2_random")
         .create()?;
-    producer
-        .client()
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = producer.client().fetch_metadata(Some(TOPIC), TIMEOUT);
+    metadata.context(hint)?;
     for number in 0..count {
         let order = Order {
             order_id: format!("order-{}", 123 + number),

@@ -52,12 +52,9 @@ async fn main() -> anyhow::Result<()> {
         .set("batch.size", "16384")
         .set("message.timeout.ms", "30000");
     let producer: FutureProducer = config.create()?;
-    producer
-        .client()
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = producer.client().fetch_metadata(Some(TOPIC), TIMEOUT);
+    metadata.context(hint)?;
     // The first message opens the connection, which would slow down the first window.
     send_all(&producer, 0..1, 1, TIMEOUT).await;
 

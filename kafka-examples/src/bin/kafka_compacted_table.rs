@@ -42,18 +42,16 @@ use rdkafka::{ClientConfig, ClientContext, Message, Offset, TopicPartitionList};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
-use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "compacted-table.prices";
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects; RUST_LOG chooses how much.
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", &brokers);
@@ -66,9 +64,8 @@ async fn main() -> anyhow::Result<()> {
         .set("auto.offset.reset", "error")
         .set("enable.partition.eof", "true")
         .create_with_context(Errors)?;
-    consumer.fetch_metadata(None, TIMEOUT).with_context(|| {
-        format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-    })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    consumer.fetch_metadata(None, TIMEOUT).context(hint)?;
     create_topic(&admin).await;
 
     let worked = follow(&consumer).await;

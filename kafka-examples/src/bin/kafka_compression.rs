@@ -95,12 +95,9 @@ fn producer(brokers: &str, row: Row, meter: Meter) -> Result<FutureProducer<Mete
         .set("batch.num.messages", batch)
         .set("statistics.interval.ms", "50")
         .create_with_context(meter)?;
-    producer
-        .client()
-        .fetch_metadata(None, TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = producer.client().fetch_metadata(None, TIMEOUT);
+    metadata.context(hint)?;
     Ok(producer)
 }
 

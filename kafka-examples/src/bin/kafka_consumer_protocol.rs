@@ -42,7 +42,6 @@ use rdkafka::{ClientConfig, ClientContext, Message};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
-use tracing_subscriber::EnvFilter;
 
 const USAGE: &str = "usage: kafka_consumer_protocol [SETTING=VALUE]...";
 const TOPIC: &str = "protocol-orders";
@@ -51,11 +50,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects; RUST_LOG chooses how much.
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let mut config = ClientConfig::new();
     config
@@ -72,11 +70,10 @@ async fn main() -> anyhow::Result<()> {
         config.set(setting, value);
     }
     let consumer: StreamConsumer<Narrator> = config.create_with_context(Narrator)?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     consumer
         .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+        .context(hint)?;
     consumer.subscribe(&[TOPIC])?;
 
     let worked = work(&consumer).await;
@@ -140,8 +137,7 @@ impl ConsumerContext for Narrator {
     }
 }
 
-/// The client reconnects by itself after these errors. Other errors (authorization, group protocol, configuration) do not
-/// heal by waiting.
+/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
 fn is_temporary(error: &KafkaError) -> bool {
     use RDKafkaErrorCode::*;
     matches!(

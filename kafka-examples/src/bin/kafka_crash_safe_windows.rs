@@ -42,7 +42,6 @@ use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, interval, timeout, timeout_at};
-use tracing_subscriber::EnvFilter;
 
 const VIEWS: &str = "page-views";
 const COUNTS: &str = "page-views.counts";
@@ -61,11 +60,10 @@ const FUTURE: TimeDelta = TimeDelta::hours(1);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects; RUST_LOG chooses how much.
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", &brokers);
@@ -78,11 +76,10 @@ async fn main() -> anyhow::Result<()> {
         .set("auto.offset.reset", "error")
         .set("allow.auto.create.topics", "true")
         .create()?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     consumer
         .fetch_metadata(Some(VIEWS), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+        .context(hint)?;
 
     let worked = work(&consumer, &producer).await;
     // With the broker down, the close can hang (librdkafka issue 3740): wait no longer than TIMEOUT.

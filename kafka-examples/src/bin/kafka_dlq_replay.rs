@@ -66,11 +66,9 @@ async fn main() -> anyhow::Result<()> {
         .set("enable.auto.commit", "false")
         .set("enable.partition.eof", "true")
         .create()?;
-    let metadata = consumer
-        .fetch_metadata(Some(DEAD_LETTERS), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = consumer.fetch_metadata(Some(DEAD_LETTERS), TIMEOUT);
+    let metadata = metadata.context(hint)?;
     let topics = metadata.topics().iter();
     let mut replayed = 0;
     for partition in topics.flat_map(|topic| topic.partitions()) {

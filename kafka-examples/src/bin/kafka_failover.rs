@@ -51,7 +51,6 @@ use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::interval;
-use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "failover-orders";
 const PARTITION: i32 = 0;
@@ -59,10 +58,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
@@ -71,12 +70,9 @@ async fn main() -> anyhow::Result<()> {
         .set("enable.idempotence", "true")
         .set("reconnect.backoff.max.ms", "1000")
         .create()?;
-    producer
-        .client()
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = producer.client().fetch_metadata(Some(TOPIC), TIMEOUT);
+    metadata.context(hint)?;
     // A thread of its own, because `fetch_metadata` blocks.
     let observer = producer.clone();
     thread::spawn(move || show_leader(&observer));

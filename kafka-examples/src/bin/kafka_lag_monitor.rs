@@ -39,23 +39,21 @@ use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
-use tracing_subscriber::EnvFilter;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let threshold = setting("LAG_THRESHOLD", 10_000)?;
     let interval = Duration::from_secs(setting("LAG_INTERVAL", 10)?.max(1));
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let client = client(&brokers, "kafka_lag_monitor")?;
-    client.fetch_metadata(None, TIMEOUT).with_context(|| {
-        format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-    })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    client.fetch_metadata(None, TIMEOUT).context(hint)?;
 
     // The client blocks, so it has a thread of its own. It joins no group: there is nothing to leave.
     let (failed, failure) = oneshot::channel();

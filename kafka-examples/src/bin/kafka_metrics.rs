@@ -40,7 +40,6 @@ use rdkafka::{ClientConfig, ClientContext, Message, Statistics};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
-use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "metered-orders";
 const GROUP: &str = "metered-orders";
@@ -49,10 +48,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let port = std::env::var("METRICS_PORT").unwrap_or_else(|_| "9464".into());
     let port = port.parse().context("METRICS_PORT is not a port")?;
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
@@ -65,11 +64,10 @@ async fn main() -> anyhow::Result<()> {
         // How often the client calls `stats`.
         .set("statistics.interval.ms", "1000")
         .create_with_context(Lag)?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     consumer
         .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+        .context(hint)?;
     let address = serve_metrics(port).with_context(|| {
         format!("cannot serve metrics at port {port}; METRICS_PORT chooses another port")
     })?;
@@ -192,8 +190,7 @@ fn serve_metrics(port: u16) -> anyhow::Result<SocketAddr> {
     Ok(address)
 }
 
-/// The client reconnects by itself after these errors. Other errors (authorization, group protocol, configuration) do not
-/// heal by waiting.
+/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
 fn is_temporary(error: &KafkaError) -> bool {
     use RDKafkaErrorCode::*;
     matches!(

@@ -31,7 +31,6 @@ use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use tokio::time::timeout;
-use tracing_subscriber::EnvFilter;
 
 const INPUT: &str = "mock-greetings";
 const OUTPUT: &str = "mock-greetings-loud";
@@ -39,10 +38,10 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let cluster = MockCluster::new(3)?;
     let worker = Worker::new(&cluster.bootstrap_servers())?;
     for greeting in ["hello", "good bye"] {

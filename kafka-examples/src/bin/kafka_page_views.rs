@@ -53,12 +53,9 @@ async fn main() -> anyhow::Result<()> {
         .set("enable.idempotence", "true")
         .set("message.timeout.ms", "30000")
         .create()?;
-    producer
-        .client()
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = producer.client().fetch_metadata(Some(TOPIC), TIMEOUT);
+    metadata.context(hint)?;
 
     let views = views(start);
     // All at once, in the order of their arrival. `join_all` starts them in this order.

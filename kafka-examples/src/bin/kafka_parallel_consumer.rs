@@ -40,7 +40,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
-use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "parallel-orders";
 const GROUP: &str = "parallel-orders";
@@ -52,11 +51,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects; RUST_LOG chooses how much.
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let consumer: StreamConsumer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
@@ -70,11 +68,10 @@ async fn main() -> anyhow::Result<()> {
         // The default stores an offset when its record is received.
         .set("enable.auto.offset.store", "false")
         .create()?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     consumer
         .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+        .context(hint)?;
     consumer.subscribe(&[TOPIC])?;
 
     let worked = work(&consumer).await;
@@ -183,8 +180,7 @@ fn slot(key: &[u8]) -> usize {
     BuildHasherDefault::<DefaultHasher>::default().hash_one(key) as usize % SLOTS
 }
 
-/// The client reconnects by itself after these errors. Other errors (authorization, group protocol, configuration) do not
-/// heal by waiting.
+/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
 fn is_temporary(error: &KafkaError) -> bool {
     use RDKafkaErrorCode::*;
     matches!(

@@ -42,7 +42,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
-use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "handover-orders";
 const GROUP: &str = "handover-orders";
@@ -56,11 +55,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects; RUST_LOG chooses how much.
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let consumer: StreamConsumer<Offsets> = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
@@ -74,11 +72,10 @@ async fn main() -> anyhow::Result<()> {
         // The default stores an offset when its record is received.
         .set("enable.auto.offset.store", "false")
         .create_with_context(Offsets::default())?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     consumer
         .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+        .context(hint)?;
     consumer.subscribe(&[TOPIC])?;
 
     // It lives longer than the consumer: the tasks continue while the callback waits for them.
@@ -230,8 +227,7 @@ fn slot(key: &[u8]) -> usize {
     BuildHasherDefault::<DefaultHasher>::default().hash_one(key) as usize % SLOTS
 }
 
-/// The client reconnects by itself after these errors. Other errors (authorization, group protocol, configuration) do not
-/// heal by waiting.
+/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
 fn is_temporary(error: &KafkaError) -> bool {
     use RDKafkaErrorCode::*;
     matches!(

@@ -42,7 +42,6 @@ use rdkafka::{ClientConfig, ClientContext, Message};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
-use tracing_subscriber::EnvFilter;
 
 const TOPICS: &str = r"^events\..*";
 const GROUP: &str = "pattern-reader";
@@ -50,11 +49,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects; RUST_LOG chooses how much.
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let consumer: StreamConsumer<Printer> = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
@@ -65,9 +63,8 @@ async fn main() -> anyhow::Result<()> {
         // Each refresh asks for all topics. In a large cluster every two seconds is too often.
         .set("topic.metadata.refresh.interval.ms", "2000")
         .create_with_context(Printer)?;
-    consumer.fetch_metadata(None, TIMEOUT).with_context(|| {
-        format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-    })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    consumer.fetch_metadata(None, TIMEOUT).context(hint)?;
     consumer.subscribe(&[TOPICS])?;
 
     let worked = work(&consumer).await;

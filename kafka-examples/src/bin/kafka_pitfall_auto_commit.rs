@@ -34,7 +34,6 @@ use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Message};
 use tokio::process::Command;
 use tokio::time::{sleep, timeout};
-use tracing_subscriber::EnvFilter;
 
 /// A topic for each worker, and a group of the same name.
 const WRONG: &str = "pitfall-auto-commit-wrong";
@@ -45,10 +44,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
@@ -62,12 +61,9 @@ async fn main() -> anyhow::Result<()> {
         .set("enable.idempotence", "true")
         .set("message.timeout.ms", "30000")
         .create()?;
-    producer
-        .client()
-        .fetch_metadata(None, TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = producer.client().fetch_metadata(None, TIMEOUT);
+    metadata.context(hint)?;
     let (wrong, right) = tokio::try_join!(count(&producer, WRONG), count(&producer, RIGHT))?;
     println!("wrong: {wrong}\nright: {right}");
     Ok(())

@@ -49,12 +49,9 @@ async fn main() -> anyhow::Result<()> {
         .set("enable.idempotence", "true")
         .set("message.timeout.ms", "30000")
         .create()?;
-    producer
-        .client()
-        .fetch_metadata(None, TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = producer.client().fetch_metadata(None, TIMEOUT);
+    metadata.context(hint)?;
     for (title, keyed) in [("without a key", false), ("with the user as key", true)] {
         let sent = send(&producer, keyed).await?;
         // The client wants a name for a group, although none is joined.

@@ -49,11 +49,10 @@ enum Outcome {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects; RUST_LOG chooses how much.
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     if let Ok(port) = std::env::var("METRICS_PORT") {
         let port: u16 = port.parse().context("METRICS_PORT is a port")?;
         let exporter = PrometheusBuilder::new().with_http_listener(([127, 0, 0, 1], port));

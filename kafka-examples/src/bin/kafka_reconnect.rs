@@ -41,17 +41,16 @@ use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::interval;
-use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "reconnect-ticks";
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
@@ -63,12 +62,9 @@ async fn main() -> anyhow::Result<()> {
         // Without an answer for this long, a connection counts as lost. The default is a minute.
         .set("socket.timeout.ms", "10000")
         .create()?;
-    producer
-        .client()
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = producer.client().fetch_metadata(Some(TOPIC), TIMEOUT);
+    metadata.context(hint)?;
 
     let sent = send_ticks(&producer).await;
     // `flush` blocks until the queue is empty, or for TIMEOUT.

@@ -37,17 +37,16 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::metadata::Metadata;
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
-use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "replay-readings";
 const TIMEOUT: Duration = Duration::from_secs(5);
 const USAGE: &str = "usage: kafka_replay [beginning | offset N | time 2026-01-01T12:00:00Z]";
 
 fn main() -> Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let (offset, time) = match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] | ["beginning"] => (0, None),
@@ -65,11 +64,10 @@ fn main() -> Result<()> {
         .set("auto.offset.reset", "error")
         .set("enable.partition.eof", "true")
         .create()?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     let topic = consumer
         .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+        .context(hint)?;
     let wanted = match time {
         Some(time) => offsets(&consumer, &topic, Offset::Offset(time.timestamp_millis()))?,
         None => BTreeMap::new(),

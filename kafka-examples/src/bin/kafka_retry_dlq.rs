@@ -37,7 +37,6 @@ use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::{interval, timeout};
-use tracing_subscriber::EnvFilter;
 
 /// The topic of each attempt, and the dead-letter topic.
 const TOPICS: [&str; 6] = [
@@ -57,18 +56,15 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects; RUST_LOG chooses how much.
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let (consumer, producer) = clients(&brokers)?;
-    consumer
-        .fetch_metadata(Some(TOPICS[0]), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = consumer.fetch_metadata(Some(TOPICS[0]), TIMEOUT);
+    metadata.context(hint)?;
     consumer.subscribe(&TOPICS[..DEAD_LETTERS])?;
 
     let worked = work(&consumer, &producer).await;

@@ -71,12 +71,9 @@ async fn main() -> anyhow::Result<()> {
         .set("enable.idempotence", "true")
         .set("message.timeout.ms", "30000")
         .create()?;
-    producer
-        .client()
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = producer.client().fetch_metadata(Some(TOPIC), TIMEOUT);
+    metadata.context(hint)?;
     send(&producer, "order-1").await?;
 
     let consumer: StreamConsumer = config
@@ -226,8 +223,7 @@ impl SpanExporter for OneLine {
     }
 }
 
-/// The client reconnects by itself after these errors. Other errors (authorization, group protocol, configuration) do not
-/// heal by waiting.
+/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
 fn is_temporary(error: &KafkaError) -> bool {
     use RDKafkaErrorCode::*;
     matches!(

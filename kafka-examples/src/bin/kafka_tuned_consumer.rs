@@ -40,7 +40,6 @@ use rdkafka::{ClientConfig, Message};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
-use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "tuned-jobs";
 const GROUP: &str = "tuned-consumer";
@@ -51,18 +50,17 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     // Shows the client's warnings: without them a member that leaves its group again and again is silent.
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let limit = std::env::var("MAX_POLL_INTERVAL_MS").unwrap_or_else(|_| "300000".into());
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let consumer = tuned(&brokers, &limit)?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     consumer
         .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+        .context(hint)?;
     consumer.subscribe(&[TOPIC])?;
 
     let worked = work(&consumer).await;
@@ -161,8 +159,7 @@ async fn handle(consumer: &StreamConsumer, job: &BorrowedMessage<'_>) {
     }
 }
 
-/// The client reconnects by itself after these errors. Other errors (authorization, group protocol, configuration) do not
-/// heal by waiting.
+/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
 fn is_temporary(error: &KafkaError) -> bool {
     use RDKafkaErrorCode::*;
     matches!(

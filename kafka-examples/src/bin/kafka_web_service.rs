@@ -42,7 +42,6 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "web-orders";
 const MAX_BODY: usize = 64 * 1024;
@@ -50,10 +49,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let port = std::env::var("PORT").unwrap_or_else(|_| "8080".into());
     let port: u16 = port.parse().context("PORT is not a port")?;
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
@@ -64,12 +63,9 @@ async fn main() -> anyhow::Result<()> {
         .set("message.timeout.ms", TIMEOUT.as_millis().to_string())
         .set("queue.buffering.max.messages", "500")
         .create()?;
-    producer
-        .client()
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = producer.client().fetch_metadata(Some(TOPIC), TIMEOUT);
+    metadata.context(hint)?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await;
     let listener = listener
         .with_context(|| format!("cannot listen at port {port}; PORT chooses another port"))?;

@@ -9,10 +9,14 @@ mod closed_pipe;
 mod compacted_table;
 mod compression;
 mod consumer_group;
+mod consumer_protocol;
+mod crash_safe_windows;
 mod dlq_replay;
 mod ending;
 mod exactly_once;
 mod failover;
+mod graceful_shutdown;
+mod group_members;
 mod headers_schema;
 mod idempotent_consumer;
 mod lag_monitor;
@@ -22,6 +26,7 @@ mod offsets;
 mod owner;
 mod parallel_consumer;
 mod parallel_rebalance;
+mod pattern_subscription;
 mod pitfall_auto_commit;
 mod pitfall_ordering;
 mod production_worker;
@@ -38,3 +43,13 @@ mod tuned_consumer;
 mod web_service;
 mod window_aggregation;
 mod without_permission;
+
+/// Without it, kafka_secure is not built, and its tests would be left out silently.
+#[test]
+fn the_feature_secure_is_on() {
+    let on = cfg!(feature = "secure");
+    assert!(
+        on,
+        "add `--features kafka-examples/secure`, as the README's command does"
+    );
+}
