@@ -1,8 +1,8 @@
 //! Join a group with the new consumer protocol (KIP-848), and move a running group to it
 //!
 //! With `group.protocol=consumer` the broker assigns the partitions, and only those that move stop. A running group is
-//! moved by replacing its members one by one: both protocols can share a group. At least once; a member that ends by
-//! Ctrl-C repeats nothing.
+//! moved by replacing its members one by one: both protocols can share a group. At least once; a member commits before it
+//! gives up a partition, so the move repeats nothing.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_consumer_protocol group.protocol=classic
