@@ -151,6 +151,9 @@ impl ClientContext for Lag {
     fn stats(&self, statistics: Statistics) {
         for (name, topic) in statistics.topics {
             for (partition, state) in topic.partitions {
+                if partition < 0 {
+                    continue; // Not a partition: the client keeps records there whose partition is unknown.
+                }
                 let lag = match state.fetch_state.as_str() {
                     // The client remembers the lag of a partition that it has lost.
                     "none" | "stopping" | "stopped" => 0,

@@ -34,12 +34,14 @@ async fn send(kafka: &Broker, partition: i32, payloads: &[Option<&[u8]>]) -> Res
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .create()?;
-    for payload in payloads {
+    // All are in the queue before the first report is awaited, so they keep their order.
+    let sent = payloads.iter().map(|payload| {
         let mut record = FutureRecord::<[u8], [u8]>::to(TOPIC).partition(partition);
         record.payload = *payload;
-        let sent = producer.send(record, TIMEOUT).await;
-        sent.map_err(|(error, _)| error)?;
-    }
+        producer.send(record, TIMEOUT)
+    });
+    let sent = futures::future::try_join_all(sent).await;
+    sent.map_err(|(error, _)| error)?;
     Ok(())
 }
 
@@ -153,35 +155,29 @@ async fn orders_failures_and_times_are_counted() -> Result<()> {
 async fn lag_is_reported_by_the_member_that_has_the_partition() -> Result<()> {
     let kafka = shared::kafka(&["kafka_metrics"])?;
     let (first, first_address) = member(&kafka)?;
+    // More work than both members can do during this test.
+    let orders = [Some(b"300".as_slice()); 300];
     for partition in 0..3 {
-        send(&kafka, partition, &[Some(b"100".as_slice()); 50]).await?;
+        send(&kafka, partition, &orders).await?;
     }
-    let all = |metrics: &str| -> Vec<f64> { (0..3).filter_map(|at| lag(metrics, at)).collect() };
+    let unread = |metrics: &str, partition| lag(metrics, partition).is_some_and(|lag| lag > 0.0);
     // Before anything is committed, all records are unread.
-    metrics_until(&first_address, |metrics| {
-        let lags = all(metrics);
-        lags.len() == 3 && lags.iter().all(|lag| *lag > 0.0)
+    let metrics = metrics_until(&first_address, |metrics| {
+        (0..3).all(|partition| unread(metrics, partition))
     })?;
+    ensure!(lag(&metrics, -1).is_none(), "{metrics}");
 
     let (second, second_address) = member(&kafka)?;
     let metrics = metrics_until(&second_address, |metrics| {
-        all(metrics).iter().any(|lag| *lag > 0.0)
+        (0..3).any(|partition| unread(metrics, partition))
     })?;
-    let taken: Vec<i32> = (0..3)
-        .filter(|partition| lag(&metrics, *partition).is_some_and(|lag| lag > 0.0))
-        .collect();
-    metrics_until(&first_address, |metrics| {
-        taken
-            .iter()
-            .all(|partition| lag(metrics, *partition) == Some(0.0))
-    })?;
-    // The work of the second is not done yet, so the zero is not its lag.
+    let mut taken = (0..3).filter(|partition| unread(&metrics, *partition));
+    let taken = taken.next().context("no partition")?;
+    metrics_until(&first_address, |metrics| lag(metrics, taken) == Some(0.0))?;
+    // That was not because the work is done.
     let metrics = scrape(&second_address)?;
-    ensure!(all(&metrics).iter().any(|lag| *lag > 0.0), "{metrics}");
-    for (mut member, address) in [(first, first_address), (second, second_address)] {
-        metrics_until(&address, |metrics| {
-            all(metrics).iter().all(|lag| *lag == 0.0)
-        })?;
+    ensure!(unread(&metrics, taken), "{metrics}");
+    for mut member in [first, second] {
         member.interrupt()?;
         member.wait(TIMEOUT)?.ok()?;
     }
