@@ -15,14 +15,6 @@
 //! leader: node [..], in sync: [..], [..]
 //! ...
 //! confirmed: order [..]
-//! 2$ cargo lab kill kafka.3
-//! 1:
-//! ...
-//! waiting: [..] orders are not confirmed yet
-//! 2$ cargo lab restart kafka.2
-//! 1:
-//! ...
-//! confirmed: order [..]
 //! 1^C
 //! ...
 //! all orders are confirmed
@@ -33,8 +25,7 @@
 //! - The client tries again until `message.timeout.ms`, five minutes. The program sees only the delay.
 //! - Two dead nodes of three also leave the controllers without a majority: no leader can be elected.
 //!
-//! Try: run `kafka_tail failover-orders` at the same time. With `acks` set to 1 (and without idempotence) a dead leader
-//! can take confirmed orders with it.
+//! Try: `cargo lab kill kafka.3` as well, and restart one of them. Run `kafka_tail failover-orders` at the same time.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG; `cargo lab up kafka --nodes 3`. See also: kafka_reconnect.
 
