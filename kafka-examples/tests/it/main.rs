@@ -10,6 +10,7 @@ mod compacted_table;
 mod compression;
 mod consumer_group;
 mod consumer_protocol;
+mod consumers;
 mod crash_safe_windows;
 mod dlq_replay;
 mod ending;
