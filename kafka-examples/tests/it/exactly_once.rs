@@ -1,13 +1,16 @@
-//! One invoice per order for whoever reads what is committed, whatever is killed, frozen or malformed.
+//! One invoice per order for every `read_committed` reader, whatever is killed, frozen or malformed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use compose::harness::{Direction, Example, Proxy, Running, TIMEOUT};
 use compose::{Broker, Service};
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::message::Headers;
+use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
@@ -18,34 +21,37 @@ use crate::shared;
 const ORDERS: &str = "exactly-once.orders";
 const INVOICES: &str = "exactly-once.invoices";
 const DEAD_LETTERS: &str = "exactly-once.orders.dlq";
-const USERS: u32 = 7;
+/// So many that each partition has some.
+const USERS: u32 = 50;
 
-/// Slow, so that at nearly every moment a transaction is open, with some of it written.
-fn worker(kafka: &Broker) -> Result<Running> {
-    slow_worker().broker(kafka).spawn()
-}
-
-fn slow_worker() -> Example {
+fn example() -> Example {
     Example::new(env!("CARGO_BIN_EXE_kafka_exactly_once"))
-        .env("WORK_MS", "2")
-        .env("BATCH", "50")
-        .env("BATCH_MS", "50")
 }
 
-fn create_topics(kafka: &Broker) -> Result<()> {
-    let sender = Example::new(env!("CARGO_BIN_EXE_kafka_exactly_once"));
-    sender
-        .args(["send"])
-        .broker(kafka)
-        .spawn()?
-        .wait(TIMEOUT)?
-        .ok()?;
+fn worker(kafka: &Broker) -> Result<Running> {
+    example().broker(kafka).spawn()
+}
+
+/// A worker that shares the work instead of taking it over.
+fn another_worker(kafka: &Broker, id: &str) -> Result<Running> {
+    let worker = example().broker(kafka);
+    worker.env("TRANSACTIONAL_ID", id).spawn()
+}
+
+/// Topics with other numbers of partitions than the broker would choose.
+async fn create_topics(kafka: &Broker) -> Result<()> {
+    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    let topics = [(ORDERS, 6), (INVOICES, 4), (DEAD_LETTERS, 1)]
+        .map(|(name, partitions)| NewTopic::new(name, partitions, TopicReplication::Fixed(1)));
+    let created = admin.create_topics(&topics, &AdminOptions::new()).await?;
+    ensure!(created.iter().all(Result::is_ok), "{created:?}");
     Ok(())
 }
 
 fn order(number: u32) -> String {
-    let user = number % USERS;
-    format!(r#"{{"order_id":"{number}","user_id":"user-{user}","cents":{number}}}"#)
+    format!(r#"{{"order_id":"{number}","cents":{number}}}"#)
 }
 
 type Bytes<'a> = Option<&'a [u8]>;
@@ -71,7 +77,7 @@ async fn produce(kafka: &Broker, records: &[(Bytes<'_>, Bytes<'_>)]) -> Result<(
     Ok(())
 }
 
-async fn produce_orders(kafka: &Broker, numbers: std::ops::Range<u32>) -> Result<()> {
+async fn produce_orders(kafka: &Broker, numbers: Range<u32>) -> Result<()> {
     let orders: Vec<(String, String)> = numbers
         .map(|number| (format!("user-{}", number % USERS), order(number)))
         .collect();
@@ -87,31 +93,37 @@ fn judge(kafka: &Broker, isolation: &str) -> Result<BaseConsumer> {
         .set("bootstrap.servers", kafka.address())
         .set("group.id", "exactly-once")
         .set("enable.auto.commit", "false")
-        .set("enable.partition.eof", "true")
         .set("isolation.level", isolation)
         .create()?)
+}
+
+fn partitions(judge: &BaseConsumer, topic: &str) -> Result<i32> {
+    let metadata = judge.fetch_metadata(Some(topic), TIMEOUT)?;
+    Ok(i32::try_from(metadata.topics()[0].partitions().len())?)
+}
+
+/// How many records the group has not committed.
+fn left(judge: &BaseConsumer) -> Result<i64> {
+    let mut left = 0;
+    for partition in 0..partitions(judge, ORDERS)? {
+        let mut at = TopicPartitionList::new();
+        at.add_partition(ORDERS, partition);
+        let position = match judge.committed_offsets(at, TIMEOUT)?.elements()[0].offset() {
+            Offset::Offset(position) => position,
+            _ => 0,
+        };
+        left += judge.fetch_watermarks(ORDERS, partition, TIMEOUT)?.1 - position;
+    }
+    Ok(left)
 }
 
 /// Waits until the group has committed the end of all orders.
 fn wait_until_done(kafka: &Broker, worker: &mut Running) -> Result<()> {
     let judge = judge(kafka, "read_uncommitted")?;
     let deadline = Instant::now() + 3 * TIMEOUT;
-    let left = || -> Result<i64> {
-        let mut left = 0;
-        for partition in 0..2 {
-            let mut at = TopicPartitionList::new();
-            at.add_partition(ORDERS, partition);
-            let position = match judge.committed_offsets(at, TIMEOUT)?.elements()[0].offset() {
-                Offset::Offset(position) => position,
-                _ => 0,
-            };
-            left += judge.fetch_watermarks(ORDERS, partition, TIMEOUT)?.1 - position;
-        }
-        Ok(left)
-    };
     loop {
-        // An error is what a broker that has just started answers.
-        let left = left();
+        // A broker that has just started answers with errors.
+        let left = left(&judge);
         if matches!(left, Ok(0)) {
             return Ok(());
         }
@@ -124,8 +136,15 @@ fn wait_until_done(kafka: &Broker, worker: &mut Running) -> Result<()> {
     }
 }
 
-/// Each of the orders once, in order per key, and no transaction is left open.
-fn check(kafka: &Broker, orders: std::ops::Range<u32>) -> Result<()> {
+/// Ends the worker as Docker and Kubernetes do.
+fn stop(mut worker: Running) -> Result<()> {
+    worker.terminate()?;
+    worker.wait(TIMEOUT)?.ok()?;
+    Ok(())
+}
+
+/// Each of the orders has one invoice, in order per key, and no transaction is left open.
+fn check(kafka: &Broker, orders: Range<u32>) -> Result<()> {
     let invoices = read(kafka, INVOICES, "read_committed")?;
     let mut per_key: BTreeMap<Vec<u8>, Vec<u32>> = BTreeMap::new();
     let mut places: BTreeMap<Vec<u8>, BTreeSet<i32>> = BTreeMap::new();
@@ -152,47 +171,58 @@ fn check(kafka: &Broker, orders: std::ops::Range<u32>) -> Result<()> {
     }
     assert_eq!(per_key.len(), usize::try_from(USERS)?);
     assert!(places.values().all(|places| places.len() == 1));
-    for partition in 0..2 {
-        let end = |isolation: &str| -> Result<i64> {
-            Ok(judge(kafka, isolation)?
-                .fetch_watermarks(INVOICES, partition, TIMEOUT)?
-                .1)
-        };
-        assert_eq!(end("read_committed")?, end("read_uncommitted")?, "open");
-    }
+    assert!(!is_open(kafka)?, "a transaction is open");
     Ok(())
 }
 
-/// Waits until a transaction is open and some of it is written.
-fn wait_until_open(kafka: &Broker) -> Result<()> {
-    let (all, stable) = (
-        judge(kafka, "read_uncommitted")?,
-        judge(kafka, "read_committed")?,
-    );
+/// Whether a transaction is open that has written an invoice.
+fn is_open(kafka: &Broker) -> Result<bool> {
+    let all = judge(kafka, "read_uncommitted")?;
+    let stable = judge(kafka, "read_committed")?;
+    for partition in 0..partitions(&all, INVOICES)? {
+        // In this order: a commit in between looks like a closed transaction.
+        let (_, end) = all.fetch_watermarks(INVOICES, partition, TIMEOUT)?;
+        if stable.fetch_watermarks(INVOICES, partition, TIMEOUT)?.1 < end {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Freezes the worker while it has a transaction open that has written an invoice.
+fn freeze_in_transaction(kafka: &Broker, worker: &mut Running) -> Result<()> {
     let deadline = Instant::now() + TIMEOUT;
     loop {
-        for partition in 0..2 {
-            // In this order: what is committed meanwhile looks less open, and not more.
-            let (_, end) = all.fetch_watermarks(INVOICES, partition, TIMEOUT)?;
-            if stable.fetch_watermarks(INVOICES, partition, TIMEOUT)?.1 < end {
+        worker.pause()?;
+        // A request that is on its way may still arrive: only a transaction that stays open counts.
+        if is_open(kafka)? {
+            std::thread::sleep(Duration::from_millis(50));
+            if is_open(kafka)? {
                 return Ok(());
             }
         }
         ensure!(Instant::now() < deadline, "no transaction is ever open");
+        worker.resume()?;
+        std::thread::sleep(Duration::from_millis(3));
     }
+}
+
+/// Invoices of aborted transactions, which only a `read_uncommitted` reader sees, are among these.
+fn all_invoices(kafka: &Broker) -> Result<usize> {
+    Ok(read(kafka, INVOICES, "read_uncommitted")?.len())
 }
 
 #[tokio::test]
 async fn each_order_once_over_kills_and_a_restart_of_the_broker() -> Result<()> {
     let mut chance = compose::harness::chance()?;
     let kafka = Broker::private(Service::Kafka)?;
-    create_topics(&kafka)?;
-    produce_orders(&kafka, 0..2500).await?;
-    for round in 0..5 {
+    create_topics(&kafka).await?;
+    produce_orders(&kafka, 0..10_000).await?;
+    for round in 0..6 {
         let mut worker = worker(&kafka)?;
         worker.wait_for("committed: ", TIMEOUT)?;
         if round % 2 == 0 {
-            wait_until_open(&kafka)?;
+            freeze_in_transaction(&kafka, &mut worker)?;
         } else {
             // At any moment.
             std::thread::sleep(Duration::from_millis(chance.u64(0..200)));
@@ -200,43 +230,36 @@ async fn each_order_once_over_kills_and_a_restart_of_the_broker() -> Result<()> 
         worker.kill()?;
         worker.wait(TIMEOUT)?;
     }
+    produce_orders(&kafka, 10_000..15_000).await?;
     let mut worker = worker(&kafka)?;
     worker.wait_for("committed: ", TIMEOUT)?;
     kafka.kill(1)?;
     kafka.restart(1)?;
-    produce_orders(&kafka, 2500..3000).await?;
+    produce_orders(&kafka, 15_000..16_000).await?;
     wait_until_done(&kafka, &mut worker)?;
-    worker.interrupt()?;
-    worker.wait(TIMEOUT)?.ok()?;
+    stop(worker)?;
 
-    check(&kafka, 0..3000)?;
-    // Whoever does not ask for `read_committed` sees what the killed ones had written: the kills hit transactions.
-    let all = read(&kafka, INVOICES, "read_uncommitted")?.len();
-    assert!(all > 3000, "the kills proved nothing: {all}");
+    check(&kafka, 0..16_000)?;
+    let all = all_invoices(&kafka)?;
+    assert!(all > 16_000, "the kills hit no transaction: {all}");
     Ok(())
 }
 
 #[tokio::test]
-async fn a_zombie_is_fenced_off_and_says_so() -> Result<()> {
+async fn zombie_is_fenced_and_says_so() -> Result<()> {
     let kafka = shared::kafka(&["kafka_exactly_once"])?;
-    create_topics(&kafka)?;
-    produce_orders(&kafka, 0..1500).await?;
+    produce_orders(&kafka, 0..10_000).await?;
     let mut zombie = worker(&kafka)?;
     zombie.wait_for("committed: ", TIMEOUT)?;
-    // In the midst of its next batch.
-    std::thread::sleep(Duration::from_millis(50));
-    zombie.pause()?;
+    freeze_in_transaction(&kafka, &mut zombie)?;
     let mut successor = worker(&kafka)?;
     successor.wait_for("committed: ", TIMEOUT)?;
     let before = zombie.lines();
     zombie.resume()?;
     let ended = zombie.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1);
-    assert!(
-        ended.stderr.contains("Error: fenced off: "),
-        "{}",
-        ended.stderr
-    );
+    let error = "This instance has been fenced by a newer instance";
+    assert!(ended.stderr.contains(error), "{}", ended.stderr);
     let committed = |lines: &[String]| {
         let committed = |line: &&String| line.starts_with("committed: ");
         lines.iter().filter(committed).count()
@@ -244,81 +267,180 @@ async fn a_zombie_is_fenced_off_and_says_so() -> Result<()> {
     // A line may still have been in the pipe when it was frozen.
     assert!(committed(&zombie.lines()) <= committed(&before) + 1);
     wait_until_done(&kafka, &mut successor)?;
-    successor.interrupt()?;
-    successor.wait(TIMEOUT)?.ok()?;
-    check(&kafka, 0..1500)
+    stop(successor)?;
+    check(&kafka, 0..10_000)
+}
+
+/// Produces one order after another until the worker has committed some of them. Meanwhile the other workers have an
+/// unfinished batch nearly all the time. Returns the number after the last order.
+async fn feed_until_commit(kafka: &Broker, worker: &mut Running, mut next: u32) -> Result<u32> {
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("linger.ms", "0")
+        .create()?;
+    let deadline = Instant::now() + TIMEOUT;
+    let committed = |line: &String| line.starts_with("committed: ");
+    while !worker.lines().iter().any(committed) {
+        ensure!(Instant::now() < deadline, "no commit: {:?}", worker.lines());
+        let (key, order) = (format!("user-{}", next % USERS), order(next));
+        let record = FutureRecord::to(ORDERS).key(&key).payload(&order);
+        let sent = producer.send(record, TIMEOUT).await;
+        sent.map_err(|(error, _)| error)?;
+        next += 1;
+    }
+    Ok(next)
+}
+
+/// Partitions move between workers while they have batches in work.
+#[tokio::test]
+async fn each_order_once_although_partitions_move_in_the_middle_of_a_batch() -> Result<()> {
+    const AGAIN: &str = "starting again from the committed offsets: ";
+    let kafka = shared::kafka(&["kafka_exactly_once"])?;
+    create_topics(&kafka).await?;
+    let mut first = worker(&kafka)?;
+    let mut next = feed_until_commit(&kafka, &mut first, 0).await?;
+    let mut others = Vec::new();
+    // Nearly always the first of them is enough.
+    for id in ["a", "b", "c", "d", "e"] {
+        let mut other = another_worker(&kafka, id)?;
+        next = feed_until_commit(&kafka, &mut other, next).await?;
+        others.push(other);
+        let lines = others.iter_mut().flat_map(Running::lines);
+        if lines
+            .chain(first.lines())
+            .any(|line| line.starts_with(AGAIN))
+        {
+            break;
+        }
+        ensure!(others.len() < 5, "no batch met a rebalance");
+    }
+    produce_orders(&kafka, next..next + 5000).await?;
+    wait_until_done(&kafka, &mut first)?;
+    stop(first)?;
+    for other in others {
+        stop(other)?;
+    }
+    check(&kafka, 0..next + 5000)
+}
+
+fn header(letter: &OwnedMessage, name: &str) -> Option<String> {
+    let mut headers = letter.headers()?.iter();
+    let header = headers.find(|header| header.key == name)?;
+    Some(String::from_utf8_lossy(header.value?).into_owned())
 }
 
 #[tokio::test]
-async fn what_is_no_order_is_dead_lettered_once_and_holds_up_nothing() -> Result<()> {
+async fn bad_orders_are_dead_lettered_once_and_abort_nothing() -> Result<()> {
     let kafka = shared::kafka(&["kafka_exactly_once"])?;
-    create_topics(&kafka)?;
-    produce_orders(&kafka, 0..20).await?;
-    // The largest that a broker takes by default: 1,048,588 bytes with all that surrounds it.
+    produce_orders(&kafka, 0..200).await?;
+    // The largest that a broker takes by default: 1,048,588 bytes with its headers and framing.
     let huge = vec![b'x'; 1_048_400];
-    let bad: [(Bytes<'_>, Bytes<'_>); 5] = [
+    let wordy = format!(r#"{{"order_id":"o","cents":"{}"}}"#, "é".repeat(10_000));
+    let bad: [(Bytes<'_>, Bytes<'_>); 6] = [
         (None, None),
         (Some(b""), Some(b"")),
         (Some(b"\xff\xfe"), Some(b"\xc3\x28")),
         (None, Some(b"{}")),
         (Some(b"k"), Some(&huge)),
+        (Some(b"wordy"), Some(wordy.as_bytes())),
     ];
     produce(&kafka, &bad).await?;
     let large = send_large(&kafka, ORDERS).await?;
     let bad: Vec<_> = bad.into_iter().chain([(None, Some(&large[..]))]).collect();
-    produce_orders(&kafka, 20..40).await?;
+    produce_orders(&kafka, 200..400).await?;
     let mut worker = worker(&kafka)?;
     wait_until_done(&kafka, &mut worker)?;
-    worker.interrupt()?;
-    worker.wait(TIMEOUT)?.ok()?;
-    check(&kafka, 0..40)?;
-    let buried = read(&kafka, DEAD_LETTERS, "read_committed")?;
-    assert_eq!(buried.len(), bad.len());
+    let lines = worker.lines();
+    stop(worker)?;
+
+    check(&kafka, 0..400)?;
+    let letters = read(&kafka, DEAD_LETTERS, "read_committed")?;
+    assert_eq!(letters.len(), bad.len());
     for (key, payload) in bad.iter().copied() {
-        let found = buried
+        let found = letters
             .iter()
             .find(|record| record.key() == key && record.payload() == payload);
-        let headers = found.context("missing, or changed")?.headers();
-        let names: Vec<&str> = headers
-            .into_iter()
-            .flat_map(Headers::iter)
-            .map(|one| one.key)
-            .collect();
-        assert_eq!(names, ["reason", "topic", "partition", "offset"]);
+        let letter = found.context("missing, or changed")?;
+        let origin = header(letter, "origin").context("no origin")?;
+        assert!(origin.starts_with("exactly-once.orders/"), "{origin}");
+        let reason = header(letter, "reason").context("no reason")?;
+        assert!((1..=200).contains(&reason.chars().count()), "{reason}");
     }
-    let lines = worker.lines();
-    // A session that ended in between has aborted the same once more.
-    let aborts: BTreeSet<_> = lines
-        .iter()
-        .filter(|line| line.starts_with("aborted, "))
-        .collect();
-    assert_eq!(aborts.len(), bad.len(), "{lines:?}");
+    let bad_lines = lines.iter().filter(|line| line.contains("is not an order"));
+    assert_eq!(bad_lines.count(), bad.len(), "{lines:?}");
+    assert_eq!(all_invoices(&kafka)?, 400, "a transaction was aborted");
     Ok(())
 }
 
-/// All of it in one transaction would take 20 seconds, and the broker's patience ends after 15.
 #[tokio::test]
-async fn more_work_than_a_transaction_may_take_is_committed_in_parts() -> Result<()> {
+async fn dead_letter_that_is_too_large_is_written_without_its_payload() -> Result<()> {
     let kafka = shared::kafka(&["kafka_exactly_once"])?;
-    create_topics(&kafka)?;
-    produce_orders(&kafka, 0..100).await?;
-    let mut worker = Example::new(env!("CARGO_BIN_EXE_kafka_exactly_once"))
-        .env("WORK_MS", "200")
-        .broker(&kafka)
-        .spawn()?;
+    let mut random = fastrand::Rng::with_seed(1);
+    // It cannot be compressed, and two more headers do not fit beside it.
+    let payload: Vec<u8> = std::iter::repeat_with(|| random.u8(..))
+        .take(1_048_350)
+        .collect();
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("message.max.bytes", "2000000")
+        .create()?;
+    let trace = Header {
+        key: "trace",
+        value: Some(&[b't'; 100]),
+    };
+    let record = FutureRecord::<[u8], [u8]>::to(ORDERS).partition(0);
+    let record = record.payload(&payload).key(b"k");
+    let record = record.headers(OwnedHeaders::new().insert(trace));
+    let sent = producer.send(record, TIMEOUT).await;
+    sent.map_err(|(error, _)| error)?;
+    produce_orders(&kafka, 0..400).await?;
+    let mut worker = worker(&kafka)?;
     wait_until_done(&kafka, &mut worker)?;
-    worker.interrupt()?;
-    worker.wait(TIMEOUT)?.ok()?;
-    check(&kafka, 0..100)
+    stop(worker)?;
+
+    check(&kafka, 0..400)?;
+    let letters = read(&kafka, DEAD_LETTERS, "read_committed")?;
+    assert_eq!(letters.len(), 1);
+    assert_eq!(
+        (letters[0].key(), letters[0].payload()),
+        (Some(&b"k"[..]), None)
+    );
+    let origin = header(&letters[0], "origin");
+    assert_eq!(origin.as_deref(), Some("exactly-once.orders/0/0"));
+    assert!(header(&letters[0], "trace").is_some());
+    Ok(())
 }
 
-/// Each time, the worker gets no answer to its commit, and cannot know which of the two it was.
+#[tokio::test]
+async fn group_with_another_assignor_ends_the_program_with_its_reason() -> Result<()> {
+    let kafka = shared::kafka(&["kafka_exactly_once"])?;
+    create_topics(&kafka).await?;
+    let other: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("group.id", "exactly-once")
+        .set("partition.assignment.strategy", "cooperative-sticky")
+        .create()?;
+    other.subscribe(&[ORDERS])?;
+    let deadline = Instant::now() + TIMEOUT;
+    while other.assignment()?.count() == 0 {
+        ensure!(Instant::now() < deadline, "the other member has nothing");
+        if let Some(record) = other.poll(Duration::from_millis(100)) {
+            record?;
+        }
+    }
+    let ended = worker(&kafka)?.wait(TIMEOUT)?;
+    assert_eq!(ended.code(), 1);
+    let reason = "InconsistentGroupProtocol";
+    assert!(ended.stderr.contains(reason), "{}", ended.stderr);
+    Ok(())
+}
+
+/// Each time, the worker gets no answer to its commit, and cannot know whether it happened.
 #[tokio::test]
 async fn each_order_once_although_the_end_of_a_transaction_is_cut_off() -> Result<()> {
     let (kafka, proxy) = Proxy::in_front_of(Service::Kafka)?;
-    create_topics(&kafka)?;
-    produce_orders(&kafka, 0..1500).await?;
-    let mut worker = slow_worker().proxy(&proxy).spawn()?;
+    produce_orders(&kafka, 0..10_000).await?;
+    let mut worker = example().proxy(&proxy).spawn()?;
     worker.wait_for("committed: ", TIMEOUT)?;
 
     cut_off(&kafka, &proxy, &mut worker, Direction::ToClient, |worker| {
@@ -333,12 +455,11 @@ async fn each_order_once_although_the_end_of_a_transaction_is_cut_off() -> Resul
     })?;
 
     wait_until_done(&kafka, &mut worker)?;
-    worker.interrupt()?;
-    worker.wait(TIMEOUT)?.ok()?;
-    check(&kafka, 0..1500)?;
-    // Without an end, a transaction is aborted. Whoever does not ask for `read_committed` sees what it has written.
-    let all = read(&kafka, INVOICES, "read_uncommitted")?.len();
-    assert!(all > 1500, "no end was cut off: {all}");
+    stop(worker)?;
+    check(&kafka, 0..10_000)?;
+    // Without an end, a transaction is aborted.
+    let all = all_invoices(&kafka)?;
+    assert!(all > 10_000, "no end was cut off: {all}");
     Ok(())
 }
 
@@ -360,7 +481,7 @@ fn cut_off(
             ensure!(Instant::now() < deadline, "no transaction ends");
         }
         proxy.swallow(direction)?;
-        worker.wait_for("beginning again from what is committed", TIMEOUT)?;
+        worker.wait_for("starting again from the committed offsets", TIMEOUT)?;
         let hit = holds(worker)?;
         proxy.heal()?;
         worker.wait_for("committed: ", TIMEOUT)?;
@@ -368,7 +489,7 @@ fn cut_off(
             return Ok(());
         }
     }
-    bail!("however early the fault, it was too late")
+    bail!("the fault always came too late")
 }
 
 fn said_to_be_committed(worker: &mut Running) -> usize {
