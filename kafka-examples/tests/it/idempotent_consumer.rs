@@ -1,4 +1,4 @@
-//! Each payment once in the books, whatever is sent twice and whenever the consumer dies.
+//! Each payment takes effect once, whatever is sent twice and whenever the consumer dies.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,15 +14,33 @@ use rusqlite::Connection;
 
 use crate::shared;
 
-fn consumer(kafka: &Broker, books: &Path, ids_kept: &str) -> Result<Running> {
+const TOPIC: &str = "idempotent-payments";
+
+fn consumer(kafka: &Broker, database: &Path) -> Result<Running> {
     Example::new(env!("CARGO_BIN_EXE_kafka_idempotent_consumer"))
-        .env("PAYMENTS_DB", books)
-        .env("IDS_KEPT", ids_kept)
+        .env("PAYMENTS_DB", database)
         .broker(kafka)
         .spawn()
 }
 
-async fn produce(kafka: &Broker, payloads: Vec<Option<Vec<u8>>>) -> Result<()> {
+/// Ends it as Docker and Kubernetes do.
+fn stop(mut consumer: Running) -> Result<()> {
+    consumer.terminate()?;
+    let ended = consumer.wait(TIMEOUT)?.ok()?;
+    ensure!(
+        ended.stdout.ends_with("left the group\n"),
+        "{}",
+        ended.stdout
+    );
+    Ok(())
+}
+
+/// To one partition, or to all in turn.
+async fn produce(
+    kafka: &Broker,
+    partition: Option<i32>,
+    payloads: Vec<Option<Vec<u8>>>,
+) -> Result<()> {
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .set("enable.idempotence", "true")
@@ -31,7 +49,8 @@ async fn produce(kafka: &Broker, payloads: Vec<Option<Vec<u8>>>) -> Result<()> {
     for payload in &payloads {
         let record = FutureRecord::<[u8], [u8]> {
             payload: payload.as_deref(),
-            ..FutureRecord::to("idempotent-payments").partition(0)
+            partition,
+            ..FutureRecord::to(TOPIC)
         };
         reports.push(producer.send_result(record).map_err(|(error, _)| error)?);
     }
@@ -46,96 +65,165 @@ fn payment(id: u32) -> Option<Vec<u8>> {
     Some(format!(r#"{{"payment_id":"p-{id}","user_id":"u-{user}","cents":7}}"#).into())
 }
 
-fn number(books: &Path, question: &str) -> Result<i64> {
-    Ok(Connection::open(books)?.query_row(question, [], |row| row.get(0))?)
+fn number(database: &Path, question: &str) -> Result<i64> {
+    Ok(Connection::open(database)?.query_row(question, [], |row| row.get(0))?)
 }
 
 #[tokio::test]
-async fn killed_twice_and_sent_twice_and_still_once() -> Result<()> {
+async fn each_payment_once_although_sent_twice_and_killed() -> Result<()> {
+    let mut chance = compose::harness::chance()?;
     let kafka = shared::kafka(&["kafka_idempotent_consumer"])?;
     let folder = tempfile::tempdir()?;
-    let books = folder.path().join("books.sqlite");
+    let database = folder.path().join("payments.sqlite");
     // All of them twice, the second time much later and in another order; then a mark for the end.
     let ids = (0..1500).chain((0..1500).rev()).chain([1500]);
-    produce(&kafka, ids.map(payment).collect()).await?;
+    produce(&kafka, Some(0), ids.map(payment).collect()).await?;
 
     let mut again = 0;
-    for kill_after in [300, 900] {
-        let mut consumer = consumer(&kafka, &books, "100000")?;
-        for _ in 0..kill_after {
+    for _ in 0..3 {
+        let mut consumer = consumer(&kafka, &database)?;
+        for _ in 0..chance.u32(1..400) {
             consumer.wait_for("p-", TIMEOUT)?;
         }
+        // At any moment between two commits, before or after the transaction of a payment.
+        std::thread::sleep(Duration::from_micros(chance.u64(0..20_000)));
         consumer.kill()?;
         consumer.wait(TIMEOUT)?;
         let ignored = |line: &&String| line.contains("seen before");
         again += consumer.lines().iter().filter(ignored).count();
     }
-    let mut last = consumer(&kafka, &books, "100000")?;
+    let mut last = consumer(&kafka, &database)?;
     last.wait_for("p-1500:", TIMEOUT)?;
-    last.interrupt()?;
-    let ended = last.wait(TIMEOUT)?.ok()?;
-    again += ended.stdout.matches("seen before").count();
+    let ignored = |line: &&String| line.contains("seen before");
+    again += last.lines().iter().filter(ignored).count();
+    stop(last)?;
 
-    assert_eq!(number(&books, "SELECT sum(payments) FROM balances")?, 1501);
-    assert_eq!(number(&books, "SELECT sum(cents) FROM balances")?, 7 * 1501);
-    assert_eq!(number(&books, "SELECT min(payments) FROM balances")?, 500);
-    assert!(
-        again > 1500,
-        "the kills brought nothing back, so they proved nothing: {again}"
+    assert_eq!(
+        number(&database, "SELECT sum(payments) FROM balances")?,
+        1501
     );
-    assert!(
-        ended
-            .stdout
-            .ends_with("in the books: 1501 payments, 10507 cents, 0 rejected\n")
+    assert_eq!(
+        number(&database, "SELECT sum(cents) FROM balances")?,
+        7 * 1501
+    );
+    assert_eq!(
+        number(&database, "SELECT min(payments) FROM balances")?,
+        500
+    );
+    assert!(again > 1500, "the kills brought nothing back: {again}");
+    Ok(())
+}
+
+/// Its two copies meet two members at the same time.
+#[tokio::test]
+async fn each_payment_once_with_two_members_and_six_partitions() -> Result<()> {
+    let kafka = shared::kafka(&["kafka_idempotent_consumer"])?;
+    let folder = tempfile::tempdir()?;
+    let database = folder.path().join("payments.sqlite");
+    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    let topic = NewTopic::new(TOPIC, 6, TopicReplication::Fixed(1));
+    let created = admin.create_topics([&topic], &AdminOptions::new()).await?;
+    ensure!(created.iter().all(Result::is_ok), "{created:?}");
+    let mut first = consumer(&kafka, &database)?;
+    let mut second = consumer(&kafka, &database)?;
+    for partition in 0..6 {
+        // The same payments in each partition.
+        produce(&kafka, Some(partition), (0..400).map(payment).collect()).await?;
+    }
+    let done = |lines: &[String]| {
+        let line = |line: &&String| line.starts_with("p-");
+        lines.iter().filter(line).count()
+    };
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let done = [done(&first.lines()), done(&second.lines())];
+        // A rebalance can repeat some.
+        if number(&database, "SELECT sum(payments) FROM balances")? == 400
+            && done[0] + done[1] >= 6 * 400
+        {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "{done:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let done = [done(&first.lines()), done(&second.lines())];
+    assert!(done[0] > 0 && done[1] > 0, "one member did all: {done:?}");
+    stop(first)?;
+    stop(second)?;
+    assert_eq!(
+        number(&database, "SELECT sum(payments) FROM balances")?,
+        400
+    );
+    assert_eq!(
+        number(&database, "SELECT sum(cents) FROM balances")?,
+        7 * 400
     );
     Ok(())
 }
 
 #[tokio::test]
-async fn ids_are_bounded_and_what_is_no_payment_is_kept_aside() -> Result<()> {
+async fn ids_are_bounded_and_malformed_payments_are_kept() -> Result<()> {
     let kafka = shared::kafka(&["kafka_idempotent_consumer"])?;
     let folder = tempfile::tempdir()?;
-    let books = folder.path().join("books.sqlite");
-    let bad: [Option<&[u8]>; 6] = [
+    let database = folder.path().join("payments.sqlite");
+    let long = format!(
+        r#"{{"payment_id":"p","user_id":"u","cents":"{}"}}"#,
+        "9".repeat(300_000)
+    );
+    let bad: [Option<&[u8]>; 7] = [
         None,
         Some(b""),
         Some(b"\xff\xfe"),
         Some(b"{}"),
         Some(br#"{"payment_id":"","user_id":"u","cents":1}"#),
         Some(br#"{"payment_id":"p","user_id":"u","cents":9223372036854775807}"#),
+        Some(long.as_bytes()),
     ];
-    let mut payloads: Vec<_> = (0..20).map(payment).collect();
+    // As many ids as are kept.
+    let mut first = consumer(&kafka, &database)?;
+    produce(&kafka, Some(0), vec![payment(0)]).await?;
+    first.wait_for("p-0: u-0 +7 cents, balance 7", TIMEOUT)?;
+    stop(first)?;
+    Connection::open(&database)?.execute_batch(
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 99999)
+        INSERT INTO seen (id) SELECT 'old-' || i FROM n",
+    )?;
+    let mut payloads: Vec<_> = vec![payment(0), payment(1)];
     payloads.extend(bad.map(|payload| payload.map(<[u8]>::to_vec)));
-    // One that is still known, one that is forgotten, and the end.
-    payloads.extend([payment(19), payment(0), payment(99)]);
-    produce(&kafka, payloads).await?;
+    // One that is still known, one that is deleted by now, and the end.
+    payloads.extend([payment(1), payment(0), payment(99)]);
+    produce(&kafka, Some(0), payloads).await?;
 
-    let mut consumer = consumer(&kafka, &books, "5")?;
-    consumer.wait_for("p-19: seen before", TIMEOUT)?;
+    let mut consumer = consumer(&kafka, &database)?;
+    consumer.wait_for("p-0: seen before", TIMEOUT)?;
+    consumer.wait_for("p-1: u-1 +7", TIMEOUT)?;
+    consumer.wait_for("p-1: seen before", TIMEOUT)?;
+    consumer.wait_for("p-0: u-0 +7 cents, balance 14", TIMEOUT)?;
     consumer.wait_for("p-99:", TIMEOUT)?;
-    consumer.interrupt()?;
-    consumer.wait(TIMEOUT)?.ok()?;
-    assert_eq!(number(&books, "SELECT count(*) FROM seen")?, 5);
-    assert_eq!(number(&books, "SELECT sum(payments) FROM balances")?, 22);
-    let aside = Connection::open(&books)?;
-    let mut query = aside.prepare("SELECT payload FROM no_payments ORDER BY offset")?;
+    stop(consumer)?;
+    assert_eq!(number(&database, "SELECT count(*) FROM seen")?, 100_000);
+    assert_eq!(number(&database, "SELECT sum(payments) FROM balances")?, 4);
+    let rejected = Connection::open(&database)?;
+    let mut query = rejected.prepare("SELECT payload FROM rejected ORDER BY offset")?;
     let kept: Vec<Option<Vec<u8>>> = query
         .query_map([], |row| row.get(0))?
         .collect::<Result<_, _>>()?;
-    assert_eq!(kept, bad.map(|payload| payload.map(<[u8]>::to_vec)));
+    assert!(kept == bad.map(|payload| payload.map(<[u8]>::to_vec)));
     Ok(())
 }
 
 #[tokio::test]
-async fn what_a_new_topic_rejects_at_the_same_offset_is_kept_as_well_and_once() -> Result<()> {
+async fn malformed_payments_of_a_topic_that_is_created_again_are_kept_once() -> Result<()> {
     let kafka = shared::kafka(&["kafka_idempotent_consumer"])?;
     let folder = tempfile::tempdir()?;
-    let books = folder.path().join("books.sqlite");
+    let database = folder.path().join("payments.sqlite");
     let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .create()?;
     let options = AdminOptions::new();
-    let topic = NewTopic::new("idempotent-payments", 1, TopicReplication::Fixed(1));
+    let topic = NewTopic::new(TOPIC, 1, TopicReplication::Fixed(1));
     // The second topic is new, the third round reads it again.
     for (round, kept) in [2, 4, 4].into_iter().enumerate() {
         if round < 2 {
@@ -145,13 +233,17 @@ async fn what_a_new_topic_rejects_at_the_same_offset_is_kept_as_well_and_once() 
                 ensure!(Instant::now() < deadline, "the topic stays");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
-            produce(&kafka, vec![None, Some(b"{}".to_vec()), payment(7)]).await?;
+            produce(
+                &kafka,
+                Some(0),
+                vec![None, Some(b"{}".to_vec()), payment(7)],
+            )
+            .await?;
         }
-        let mut consumer = consumer(&kafka, &books, "100000")?;
+        let mut consumer = consumer(&kafka, &database)?;
         consumer.wait_for("p-7: ", TIMEOUT)?;
-        consumer.interrupt()?;
-        consumer.wait(TIMEOUT)?.ok()?;
-        let count = number(&books, "SELECT count(*) FROM no_payments")?;
+        stop(consumer)?;
+        let count = number(&database, "SELECT count(*) FROM rejected")?;
         assert_eq!(count, kept, "round {round}");
         let group = ["idempotent-payments"];
         let deleted = admin.delete_groups(&group, &options).await?;
