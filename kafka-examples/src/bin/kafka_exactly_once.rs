@@ -43,7 +43,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::task::block_in_place;
 use tokio::time::{Instant, timeout, timeout_at};
-use tracing_subscriber::EnvFilter;
 
 const ORDERS: &str = "exactly-once.orders";
 const INVOICES: &str = "exactly-once.invoices";
@@ -60,10 +59,10 @@ type Shutdown = Pin<Box<dyn Future<Output = std::io::Result<()>>>>;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let id = std::env::var("TRANSACTIONAL_ID").unwrap_or_else(|_| "exactly-once-1".into());
     let mut config = ClientConfig::new();

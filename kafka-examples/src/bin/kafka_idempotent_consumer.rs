@@ -41,7 +41,6 @@ use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
-use tracing_subscriber::EnvFilter;
 
 const TOPIC: &str = "idempotent-payments";
 const GROUP: &str = "idempotent-payments";
@@ -57,11 +56,10 @@ const TABLES: &str = "
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects; RUST_LOG chooses how much.
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let path = std::env::var("PAYMENTS_DB").unwrap_or_else(|_| "kafka-payments.sqlite".into());
     let mut database = Connection::open(&path).with_context(|| format!("cannot open {path}"))?;
     // Another member may be writing.
@@ -79,11 +77,10 @@ async fn main() -> anyhow::Result<()> {
         .set("auto.offset.reset", "earliest")
         .set("allow.auto.create.topics", "true")
         .create()?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     consumer
         .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+        .context(hint)?;
     consumer.subscribe(&[TOPIC])?;
 
     let worked = work(&consumer, &mut database).await;
@@ -186,8 +183,7 @@ fn reject(
     ))
 }
 
-/// The client reconnects by itself after these errors. Other errors (authorization, group protocol, configuration) do not
-/// heal by waiting.
+/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
 fn is_temporary(error: &KafkaError) -> bool {
     use RDKafkaErrorCode::*;
     matches!(
