@@ -229,13 +229,29 @@ fn transform(order: OwnedMessage) -> OwnedMessage {
 /// Fencing, a missing permission, another group protocol or a wrong setting do not heal by trying again.
 fn is_final(error: &KafkaError) -> bool {
     use RDKafkaErrorCode::*;
-    match error.rdkafka_error_code() {
-        Some(Fatal | Fenced | FencedInstanceId | ProducerFenced | InvalidProducerEpoch) => true,
-        Some(TopicAuthorizationFailed | GroupAuthorizationFailed) => true,
-        Some(ClusterAuthorizationFailed | TransactionalIdAuthorizationFailed) => true,
-        None | Some(InconsistentGroupProtocol | MessageSizeTooLarge) => true,
-        _ => false,
-    }
+    let fenced = [
+        Fatal,
+        Fenced,
+        FencedInstanceId,
+        ProducerFenced,
+        InvalidProducerEpoch,
+    ];
+    let refused = [
+        TopicAuthorizationFailed,
+        GroupAuthorizationFailed,
+        ClusterAuthorizationFailed,
+    ];
+    let refused_too = [
+        TransactionalIdAuthorizationFailed,
+        InconsistentGroupProtocol,
+        MessageSizeTooLarge,
+    ];
+    let code = error.rdkafka_error_code();
+    code.is_none_or(|code| {
+        [&fenced[..], &refused, &refused_too]
+            .concat()
+            .contains(&code)
+    })
 }
 
 /// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.

@@ -141,6 +141,8 @@ fn lines() -> impl Stream<Item = std::io::Result<Vec<u8>>> {
     })
 }
 
+type Bytes<'a> = Option<&'a [u8]>;
+
 #[derive(Default)]
 struct Options {
     topic: String,
@@ -176,7 +178,7 @@ impl Options {
     }
 
     /// The key and the payload of one line.
-    fn split<'a>(&'a self, line: &'a [u8]) -> anyhow::Result<(Option<&'a [u8]>, Option<&'a [u8]>)> {
+    fn split<'a>(&'a self, line: &'a [u8]) -> anyhow::Result<(Bytes<'a>, Bytes<'a>)> {
         let (key, payload) = match &self.delimiter {
             None => (self.key.as_deref(), line),
             Some(delimiter) => {
