@@ -1,0 +1,76 @@
+//! Each reply finds its request, and nothing else that is in the two topics stops them.
+
+use anyhow::{Context, Result, ensure};
+use compose::harness::{Example, TIMEOUT, produce_kafka_record};
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::message::{Header, Headers, OwnedHeaders};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::{ClientConfig, Message};
+
+use crate::reader::read;
+use crate::shared;
+
+const REQUESTS: &str = "wait-requests";
+const REPLIES: &str = "wait-replies";
+
+#[tokio::test]
+async fn replies_find_their_requests_among_malformed_and_foreign_records() -> Result<()> {
+    let kafka = shared::kafka(&["kafka_request_reply"])?;
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", kafka.address());
+    let admin: AdminClient<DefaultClientContext> = config.create()?;
+    // Other numbers of partitions than the broker would choose.
+    let topics = [(REQUESTS, 6), (REPLIES, 4), ("own-replies", 1)]
+        .map(|(name, partitions)| NewTopic::new(name, partitions, TopicReplication::Fixed(1)));
+    let created = admin.create_topics(&topics, &AdminOptions::new()).await?;
+    ensure!(created.iter().all(Result::is_ok), "{created:?}");
+    let producer: FutureProducer = config.create()?;
+    let send = async |topic: &str, headers: &[(&str, &str)], payload: Option<&[u8]>| {
+        let mut all = OwnedHeaders::new();
+        for (key, value) in headers {
+            let value = Some(*value);
+            all = all.insert(Header { key, value });
+        }
+        let mut record = FutureRecord::<[u8], [u8]>::to(topic).headers(all);
+        record.payload = payload;
+        let sent = producer.send(record, TIMEOUT).await;
+        sent.map_err(|(error, _)| error)
+    };
+    // An old request and an old reply are not read.
+    let old = [("correlation-id", "old"), ("reply-topic", "own-replies")];
+    send(REQUESTS, &old, Some(b"1")).await?;
+    send(REPLIES, &old, Some(b"done")).await?;
+
+    let mut program = Example::new(env!("CARGO_BIN_EXE_kafka_request_reply"))
+        .args(["5", "x", "1500", "7"])
+        .broker(&kafka)
+        .spawn()?;
+    program.wait_for("5: done, after ", TIMEOUT)?;
+    program.wait_for("x: refused: invalid digit found in string, after ", TIMEOUT)?;
+    // While the next request is in work.
+    send(REQUESTS, &[], None).await?;
+    send(REQUESTS, &[("correlation-id", "1")], Some(b"\xff")).await?;
+    let odd: [(&[u8], &[u8]); 1] = [(b"\xff", b"?")];
+    produce_kafka_record(&kafka, REQUESTS, None, &odd, b"1")?;
+    let own = [("correlation-id", "mine"), ("reply-topic", "own-replies")];
+    send(REQUESTS, &own, Some(b"3")).await?;
+    send(REPLIES, &own, Some(b"foreign")).await?;
+    produce_kafka_record(&kafka, REPLIES, None, &odd, b"1")?;
+    program.wait_for("1500: no reply within 1000 ms", TIMEOUT)?;
+    program.wait_for("7: done, after ", TIMEOUT)?;
+    let ended = program.wait(TIMEOUT)?.ok()?;
+    // The foreign reply, the one that cannot be read, and the late one.
+    let ignored = ended.stdout.matches("ignored: a reply to another request");
+    assert_eq!(ignored.count(), 3, "{}", ended.stdout);
+    let ignored = ended.stderr.matches("ignored: a request without");
+    assert_eq!(ignored.count(), 3, "{}", ended.stderr);
+
+    let replies = read(&kafka, "own-replies", "read_committed")?;
+    assert_eq!(replies.len(), 1);
+    assert_eq!(replies[0].payload(), Some(&b"done"[..]));
+    let headers = replies[0].headers().context("no headers")?;
+    let id = headers.get(0);
+    assert_eq!((id.key, id.value), ("correlation-id", Some(&b"mine"[..])));
+    Ok(())
+}

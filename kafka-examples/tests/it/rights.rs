@@ -1,0 +1,148 @@
+//! Clients without the permission to create topics work with existing topics. Other missing permissions end a program with
+//! the reason.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use compose::harness::{Example, TIMEOUT, kafka_tool};
+use compose::{Broker, Service, User};
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+
+const EXACTLY_ONCE: &str = env!("CARGO_BIN_EXE_kafka_exactly_once");
+const HEADERS_SCHEMA: &str = env!("CARGO_BIN_EXE_kafka_headers_schema");
+const IDEMPOTENT_CONSUMER: &str = env!("CARGO_BIN_EXE_kafka_idempotent_consumer");
+const REQUEST_REPLY: &str = env!("CARGO_BIN_EXE_kafka_request_reply");
+
+/// Changes what clients without TLS may do.
+fn acl(kafka: &Broker, args: &[&str]) -> Result<()> {
+    let env: HashMap<_, _> = kafka
+        .secured_env(User::Administrator)?
+        .into_iter()
+        .collect();
+    let output = kafka_tool(kafka, "org.apache.kafka.tools.AclCommand", &env)?
+        .args(args)
+        .output()?;
+    ensure!(output.status.success(), "{output:?}");
+    Ok(())
+}
+
+fn example(kafka: &Broker, program: &str, folder: &Path) -> Example {
+    Example::new(program).current_dir(folder).broker(kafka)
+}
+
+/// The example ends with this reason, and not with a promise to wait.
+fn ends_with(kafka: &Broker, program: &str, folder: &Path, reason: &str) -> Result<()> {
+    let ended = example(kafka, program, folder).spawn()?.wait(TIMEOUT)?;
+    ensure!(ended.code() == 1, "{program}: {}", ended.stderr);
+    let error = ended.stderr.split("Error: ").nth(1).unwrap_or_default();
+    ensure!(error.contains(reason), "{program}: {}", ended.stderr);
+    Ok(())
+}
+
+#[tokio::test]
+async fn existing_topics_are_enough_and_other_missing_permissions_end_the_program() -> Result<()> {
+    let kafka = Broker::secure(Service::Kafka)?;
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path();
+    let create = [
+        "--allow-principal",
+        "User:ANONYMOUS",
+        "--operation",
+        "Create",
+        "--cluster",
+    ];
+    acl(&kafka, &[&["--add"], &create[..]].concat())?;
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", kafka.address());
+    let admin: AdminClient<DefaultClientContext> = config.create()?;
+    let topics = [
+        "exactly-once.orders",
+        "exactly-once.invoices",
+        "exactly-once.orders.dlq",
+        "idempotent-payments",
+        "schema-events",
+        "schema-events.dlq",
+        "wait-requests",
+        "wait-replies",
+    ]
+    .map(|name| NewTopic::new(name, 5, TopicReplication::Fixed(1)));
+    let created = admin.create_topics(&topics, &AdminOptions::new()).await?;
+    ensure!(created.iter().all(Result::is_ok), "{created:?}");
+    acl(&kafka, &[&["--remove", "--force"], &create[..]].concat())?;
+
+    let producer: FutureProducer = config.create()?;
+    let version = OwnedHeaders::new().insert(Header {
+        key: "schema-version",
+        value: Some("1.0"),
+    });
+    for (topic, payload) in [
+        ("exactly-once.orders", r#"{"order_id":"a","cents":1}"#),
+        ("exactly-once.orders", "bad"),
+        (
+            "idempotent-payments",
+            r#"{"payment_id":"a","user_id":"u","cents":1}"#,
+        ),
+        ("schema-events", r#"{"order_id":"a","amount":1}"#),
+        ("schema-events", "bad"),
+    ] {
+        // All to one partition, so that they are one batch.
+        let record = FutureRecord::<(), _>::to(topic)
+            .partition(4)
+            .payload(payload);
+        let record = record.headers(version.clone());
+        let sent = producer.send(record, TIMEOUT).await;
+        sent.map_err(|(error, _)| error)?;
+    }
+    for (program, line) in [
+        (EXACTLY_ONCE, "committed: 2 orders"),
+        (IDEMPOTENT_CONSUMER, "a: u +1 cents, balance 1"),
+        (HEADERS_SCHEMA, "partition 4 offset 1: dead-lettered"),
+    ] {
+        let mut running = example(&kafka, program, folder).spawn()?;
+        running.wait_for(line, TIMEOUT)?;
+        running.terminate()?;
+        running.wait(TIMEOUT)?.ok()?;
+    }
+    let request = example(&kafka, REQUEST_REPLY, folder).args(["1"]);
+    let ended = request.spawn()?.wait(TIMEOUT)?.ok()?;
+    ensure!(ended.stdout.starts_with("1: done"), "{}", ended.stdout);
+
+    let deny = ["--add", "--deny-principal", "User:ANONYMOUS", "--operation"];
+    let invoices = ["Write", "--topic", "exactly-once.invoices"];
+    acl(&kafka, &[&deny[..], &invoices].concat())?;
+    let record = FutureRecord::<(), _>::to("exactly-once.orders");
+    let sent = producer
+        .send(record.payload(r#"{"order_id":"b","cents":1}"#), TIMEOUT)
+        .await;
+    sent.map_err(|(error, _)| error)?;
+    ends_with(&kafka, EXACTLY_ONCE, folder, "Topic authorization failed")?;
+
+    acl(&kafka, &[&deny[..], &["Read", "--group", "*"]].concat())?;
+    for program in [EXACTLY_ONCE, IDEMPOTENT_CONSUMER, HEADERS_SCHEMA] {
+        ends_with(&kafka, program, folder, "GroupAuthorizationFailed")?;
+    }
+    acl(
+        &kafka,
+        &[&deny[..], &["Write", "--transactional-id", "*"]].concat(),
+    )?;
+    let reason = "Transactional Id authorization failed";
+    ends_with(&kafka, EXACTLY_ONCE, folder, reason)?;
+    acl(
+        &kafka,
+        &[&deny[..], &["Write", "--topic", "wait-requests"]].concat(),
+    )?;
+    let request = example(&kafka, REQUEST_REPLY, folder).args(["1"]);
+    let ended = request.spawn()?.wait(TIMEOUT)?;
+    ensure!(ended.code() == 1, "{}{}", ended.stdout, ended.stderr);
+    ensure!(
+        ended.stderr.contains("TopicAuthorizationFailed"),
+        "{}",
+        ended.stderr
+    );
+    Ok(())
+}
