@@ -229,29 +229,14 @@ fn transform(order: OwnedMessage) -> OwnedMessage {
 /// Fencing, a missing permission, another group protocol or a wrong setting do not heal by trying again.
 fn is_final(error: &KafkaError) -> bool {
     use RDKafkaErrorCode::*;
-    let fenced = [
-        Fatal,
-        Fenced,
-        FencedInstanceId,
-        ProducerFenced,
-        InvalidProducerEpoch,
-    ];
-    let refused = [
-        TopicAuthorizationFailed,
-        GroupAuthorizationFailed,
-        ClusterAuthorizationFailed,
-    ];
-    let refused_too = [
-        TransactionalIdAuthorizationFailed,
-        InconsistentGroupProtocol,
-        MessageSizeTooLarge,
-    ];
-    let code = error.rdkafka_error_code();
-    code.is_none_or(|code| {
-        [&fenced[..], &refused, &refused_too]
-            .concat()
-            .contains(&code)
-    })
+    let Some(code) = error.rdkafka_error_code() else {
+        return true;
+    };
+    matches!(code, Fatal | Fenced | FencedInstanceId | ProducerFenced)
+        || matches!(code, InvalidProducerEpoch | InconsistentGroupProtocol)
+        || matches!(code, TopicAuthorizationFailed | GroupAuthorizationFailed)
+        || matches!(code, ClusterAuthorizationFailed | MessageSizeTooLarge)
+        || code == TransactionalIdAuthorizationFailed
 }
 
 /// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
