@@ -7,12 +7,12 @@
 //! ```console
 //! 1$ cargo lab run kafka_compacted_table
 //! up to date: 0 keys, changes follow
-//! $ cargo lab run kafka_send -k apple compacted-table.prices 100 120
+//! 2$ cargo lab run kafka_send -k apple compacted-table.prices 100 120
 //! ...
 //! 1:
 //! apple = 100
 //! apple = 120
-//! $ cargo lab run kafka_send -k apple -Z compacted-table.prices ''
+//! 2$ cargo lab run kafka_send -k apple -Z compacted-table.prices ''
 //! ...
 //! 1:
 //! apple deleted

@@ -18,10 +18,11 @@
 //!
 //! Notice:
 //! - A position is stored with the offset of the oldest view in an open window. A restart reads from there, and rebuilds
-//!   the open windows without writing.
-//! - The new count is written after each view, so a partition without new views is not late.
-//! - A second instance takes over. The broker fences the first, which ends (`transactional.id`).
+//!   the open windows without writing. The new count is written after each view, so no view waits for the next one.
+//! - The broker fences the first instance when a second one starts (`transactional.id`). It ends then.
 //! - A failed transaction ends the program. The next start continues: let systemd or Kubernetes restart it.
+//! - The broker deletes positions with the topic, or after 7 days without a commit (`offsets.retention.minutes`). Then
+//!   all views in the topic are counted again, under the same keys.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_page_views, kafka_exactly_once.
 
@@ -98,7 +99,7 @@ async fn main() -> anyhow::Result<()> {
 /// Reads views and commits batches of them, until Ctrl-C or SIGTERM.
 async fn work(consumer: &StreamConsumer, producer: &FutureProducer) -> anyhow::Result<()> {
     // Fences the instance before this one, and ends its transaction. Its positions are final only then.
-    producer.init_transactions(TIMEOUT)?;
+    producer.init_transactions(6 * TIMEOUT)?;
     producer.begin_transaction()?;
     let (mut partitions, mut sent) = (BTreeMap::new(), Vec::new());
     let (mut stop, mut refresh) = (pin!(shutdown()), interval(TIMEOUT));
@@ -157,13 +158,13 @@ async fn commit(
         position.set_metadata(serde_json::to_string(&state)?);
     }
     let group = consumer.group_metadata().context("no group")?;
-    producer.send_offsets_to_transaction(&positions, &group, TIMEOUT)?;
+    producer.send_offsets_to_transaction(&positions, &group, 6 * TIMEOUT)?;
     let mut lines = Vec::new();
     for (report, line) in sent.drain(..) {
         report.await?.map_err(|(error, _)| error)?;
         lines.push(line);
     }
-    producer.commit_transaction(TIMEOUT)?;
+    producer.commit_transaction(6 * TIMEOUT)?;
     println!("{}", lines.join("\n"));
     producer.begin_transaction()?;
     Ok(())
@@ -199,14 +200,14 @@ fn assign_new(
         };
         ensure!(
             next <= end,
-            "{VIEWS} was replaced: partition {id} ends at {end}, before {next}"
+            "partition {id} ends at {end}, before the position {next}"
         );
         println!("partition {id}: continues at offset {next}");
         let state = serde_json::from_str(position.metadata());
         let (oldest, mut watermark) = state.unwrap_or((next, DateTime::UNIX_EPOCH));
         if oldest < start {
             println!(
-                "partition {id}: offsets {oldest} to {start} are LOST, open windows are closed"
+                "partition {id}: offsets {oldest} to {start} are LOST, its windows are closed"
             );
             watermark += OUT_OF_ORDER + WINDOW + LATENESS;
         }
@@ -246,10 +247,11 @@ impl Partition {
         ensure!(valid.contains(&at), "its time is {at}");
         ensure!(page.len() <= 1000, "its page is too long");
         let window = at.duration_trunc(WINDOW)?;
-        let (time, watermark) = (at.format("%T"), self.watermark.format("%T"));
+        let (time, mark) = (at.format("%T"), self.watermark.format("%T"));
+        let is_open = window + WINDOW + LATENESS > self.watermark;
         ensure!(
-            window + WINDOW + LATENESS > self.watermark,
-            "too late: {page} of {time}, the watermark is at {watermark}"
+            is_open,
+            "too late: {page} of {time}, the watermark is at {mark}"
         );
         self.watermark = self.watermark.max(at - OUT_OF_ORDER);
         let closed = self.watermark - LATENESS - WINDOW;
@@ -292,11 +294,8 @@ fn send(
             let mut copy = FutureRecord::<[u8], [u8]>::to(REJECTED).headers(headers);
             copy.key = record.key();
             copy.payload = record.payload().filter(|payload| payload.len() <= MAX_COPY);
-            let sent = producer.send_result(copy);
-            Ok((
-                sent.map_err(|(error, _)| error)?,
-                format!("rejected: {reason}"),
-            ))
+            let sent = producer.send_result(copy).map_err(|(error, _)| error)?;
+            Ok((sent, format!("rejected: {reason}")))
         }
     }
 }

@@ -1,6 +1,7 @@
 //! A view counts in the window in which it happened, a closed window is corrected in time, and later views are reported.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use compose::Broker;
@@ -157,48 +158,56 @@ async fn all_of_six_partitions_are_read() -> Result<()> {
     Ok(())
 }
 
-/// The topic does not exist at the start. Every page is viewed once per second, and the last view is 20 s later.
+/// The topic does not exist at the start. Each partition has a window of its own, which the next view closes.
 #[tokio::test]
 async fn a_rebalance_or_a_restart_counts_no_view_twice() -> Result<()> {
     let kafka = shared::kafka(&["kafka_window_aggregation"])?;
     let mut first = windows(&kafka)?;
-    let generate = || -> Result<()> {
-        let views = Example::new(env!("CARGO_BIN_EXE_kafka_page_views"));
-        let mut views = views
-            .args(["2026-01-01T12:00:00Z"])
-            .broker(&kafka)
-            .spawn()?;
-        views.wait(TIMEOUT)?.ok()?;
-        Ok(())
-    };
-    generate()?;
-    for page in ["/docs", "/home", "/pricing"] {
-        first.wait_for(&format!("window 12:00:55 {page}: "), TIMEOUT)?;
+    let views = Example::new(env!("CARGO_BIN_EXE_kafka_page_views"));
+    let mut views = views
+        .args(["2026-01-01T12:00:00Z"])
+        .broker(&kafka)
+        .spawn()?;
+    views.wait(TIMEOUT)?.ok()?;
+    for partition in 0..3 {
+        let name = format!("/{partition}");
+        let views = [page(&name, 200_000), page(&name, 207_000)];
+        let views: Vec<_> = views.iter().map(|view| Some(&view[..])).collect();
+        send(&kafka, partition, &views).await?;
     }
-    let expected = counts(&first.lines());
+    let is_last = |line: &&String| line.starts_with("window 12:03:20 /");
+    let await_last = |first: &mut Running, second: &mut Running, from: usize| {
+        let deadline = Instant::now() + 2 * TIMEOUT;
+        loop {
+            let seen = [&first.lines()[from..], &second.lines()].concat();
+            if seen.iter().filter(is_last).count() >= 3 {
+                return Ok(seen);
+            }
+            ensure!(Instant::now() < deadline, "{seen:?}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    for _ in 0..3 {
+        first.wait_for("window 12:03:20 /", TIMEOUT)?;
+    }
     let lines = first.lines();
+    let expected = counts(&lines);
     let late = lines.iter().filter(|line| line.starts_with("too late: "));
     assert!(late.count() >= 3, "{lines:?}");
-    // All partitions are taken from the first member and assigned again.
+
+    // All partitions are taken from the first member. Each member gets at least one of them.
     let mut second = windows(&kafka)?;
-    let started = first.lines().len();
-    let mut seen: Vec<String> = Vec::new();
-    let deadline = std::time::Instant::now() + 2 * TIMEOUT;
-    while seen
-        .iter()
-        .filter(|line| line.contains("window 12:00:55 "))
-        .count()
-        < 3
-    {
-        ensure!(std::time::Instant::now() < deadline, "{seen:?}");
-        std::thread::sleep(std::time::Duration::from_millis(50));
-        seen = [&first.lines()[started..], &second.lines()].concat();
-    }
+    let seen = await_last(&mut first, &mut second, lines.len())?;
     assert_eq!(counts(&seen), expected);
-    first.kill()?;
-    first.wait(TIMEOUT)?;
     second.interrupt()?;
     second.wait(TIMEOUT)?.ok()?;
+    first.interrupt()?;
+    first.wait(TIMEOUT)?.ok()?;
+    let mut third = windows(&kafka)?;
+    for _ in 0..3 {
+        third.wait_for("window 12:03:20 /", TIMEOUT)?;
+    }
+    assert_eq!(counts(&third.lines()), expected);
     Ok(())
 }
 
@@ -212,10 +221,10 @@ async fn a_member_with_another_assignor_ends_the_program_with_the_reason() -> Re
         .set("partition.assignment.strategy", "cooperative-sticky")
         .create()?;
     other.subscribe(&[VIEWS])?;
-    let deadline = std::time::Instant::now() + TIMEOUT;
+    let deadline = Instant::now() + TIMEOUT;
     while other.assignment()?.count() == 0 {
-        ensure!(std::time::Instant::now() < deadline, "not a member");
-        other.poll(std::time::Duration::from_millis(100));
+        ensure!(Instant::now() < deadline, "not a member");
+        other.poll(Duration::from_millis(100));
     }
     let ended = windows(&kafka)?.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1);
