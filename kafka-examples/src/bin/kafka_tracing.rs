@@ -117,7 +117,7 @@ async fn send(producer: &FutureProducer, order: &str) -> anyhow::Result<()> {
     let record = FutureRecord::<str, _>::to(TOPIC).payload(order);
     let sent = producer.send(record.headers(headers), TIMEOUT);
     let sent = sent.instrument(span).await.map_err(|(error, _)| error);
-    sent.context("the order may or may not be written")?;
+    sent.context("the order is not confirmed")?;
     Ok(())
 }
 

@@ -4,10 +4,13 @@ use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use compose::harness::{Example, TIMEOUT, kafka_tool};
 use compose::{Broker, Service, User};
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
 
 const DENIED: &str = "TopicAuthorizationFailed";
 
@@ -95,6 +98,15 @@ fn program_without_permission_works_or_tells_the_reason() -> Result<()> {
             .into_iter()
             .try_for_each(|created| created.join().unwrap())
     })?;
+    // The broker learns of a topic a moment after the controller has created it.
+    let client: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    let deadline = Instant::now() + TIMEOUT;
+    while client.fetch_metadata(None, TIMEOUT)?.topics().len() < 4 {
+        ensure!(Instant::now() < deadline, "the topics are not shown");
+        thread::sleep(Duration::from_millis(50));
+    }
     let mut program = start(tracing, &[])?;
     program.wait_for("order-1 charged", TIMEOUT)?;
     program.terminate()?;
