@@ -14,7 +14,7 @@
 //! - No error is reported, and the group's lag is zero at the end. Only the count shows the loss.
 //! - By default (`enable.auto.offset.store`) the client stores an offset for the next commit when it hands out a record.
 //! - When another member takes over the partition, its orders in work are handled again, and not lost.
-//! - A worker here ends with the first error of the client: kafka_reconnect waits for the broker.
+//! - A worker here ends with the first error of the client: kafka_reconnect_consumer waits for the broker.
 //!
 //! Try: change READ_AHEAD, and count again. Store the offset before the work in the right worker.
 //!
