@@ -34,7 +34,6 @@ use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
-use tracing_subscriber::EnvFilter;
 
 const REQUESTS: &str = "wait-requests";
 const REPLIES: &str = "wait-replies";
@@ -47,10 +46,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_writer(std::io::stderr).init();
     let payloads: Vec<String> = std::env::args().skip(1).collect();
     ensure!(
         !payloads.is_empty(),
@@ -65,12 +64,9 @@ async fn main() -> anyhow::Result<()> {
         // Sends at once, instead of waiting for more.
         .set("linger.ms", "0")
         .create()?;
-    producer
-        .client()
-        .fetch_metadata(Some(REQUESTS), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = producer.client().fetch_metadata(Some(REQUESTS), TIMEOUT);
+    metadata.context(hint)?;
     config
         // The client wants a name here, although no group is joined and nothing is committed.
         .set("group.id", "kafka_request_reply")
