@@ -25,11 +25,12 @@
 //! See also: kafka_send, kafka_replay.
 
 use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use rdkafka::consumer::{Consumer, StreamConsumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Headers};
@@ -72,14 +73,14 @@ async fn main() -> anyhow::Result<()> {
         .fetch_metadata(Some(&topic), TIMEOUT)
         .context(hint)?;
     let mut partitions = TopicPartitionList::new();
-    for partition in metadata
-        .topics()
-        .iter()
-        .flat_map(|topic| topic.partitions())
-    {
-        partitions.add_partition_offset(&topic, partition.id(), start)?;
+    for found in metadata.topics() {
+        if let Some(error) = found.error() {
+            bail!("cannot read {topic}: {}", RDKafkaErrorCode::from(error));
+        }
+        for partition in found.partitions() {
+            partitions.add_partition_offset(&topic, partition.id(), start)?;
+        }
     }
-    ensure!(partitions.count() > 0, "there is no topic {topic}");
     consumer.assign(&partitions)?;
 
     let shown = show(&consumer, ends.then_some(partitions.count())).await;
@@ -126,13 +127,20 @@ fn line(record: &BorrowedMessage<'_>) -> String {
     if let Some(key) = record.key() {
         line += &format!(", key {}", text(key));
     }
-    if let Some(headers) = record.headers() {
-        line += ", headers";
-        for header in headers.iter() {
-            line += &format!(" {}={}", header.key, text(header.value.unwrap_or_default()));
-        }
-    }
+    // The crate panics on a header name that is not UTF-8. Other clients can write such names.
+    let headers = catch_unwind(AssertUnwindSafe(|| headers(record)));
+    line += &headers.unwrap_or(", headers with a name that is not UTF-8".into());
     line + ": " + &record.payload().map_or("(null)".into(), text)
+}
+
+fn headers(record: &BorrowedMessage<'_>) -> String {
+    let Some(headers) = record.headers() else {
+        return String::new();
+    };
+    let pairs = headers
+        .iter()
+        .map(|header| format!(" {}={}", header.key, text(header.value.unwrap_or_default())));
+    format!(", headers{}", pairs.collect::<String>())
 }
 
 /// UTF-8 as it is, other bytes escaped.

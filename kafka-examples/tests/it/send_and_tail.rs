@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 use anyhow::Result;
-use compose::harness::{Example, Finished, TIMEOUT};
+use compose::harness::{Example, Finished, TIMEOUT, produce_kafka_record};
 use compose::{Broker, Service};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
@@ -87,6 +87,12 @@ fn keys_headers_and_odd_bytes_arrive_unchanged() -> Result<()> {
     let last = "partition 0 offset 5, key a: (null)";
     assert_eq!(shown.stdout.lines().last(), Some(last));
     assert_eq!(shown.stderr, "");
+
+    produce_kafka_record(&kafka, "odd", Some(b"k"), &[(b"\xff", b"v")], b"after")?;
+    let shown = tail(&kafka, &["-e", "-o", "6", "odd"])?.ok()?;
+    let headers = "headers with a name that is not UTF-8";
+    let line = format!("partition 0 offset 6, key k, {headers}: after\n");
+    assert_eq!(shown.stdout, line);
     Ok(())
 }
 
@@ -165,7 +171,9 @@ async fn each_partition_is_shown_from_the_offset_to_its_end() -> Result<()> {
     let ended = tail(&kafka, &["-e", "missing-topic"])?;
     assert_eq!(ended.code(), 1);
     assert!(
-        ended.stderr.contains("there is no topic missing-topic"),
+        ended
+            .stderr
+            .contains("cannot read missing-topic: UnknownTopicOrPartition"),
         "{}",
         ended.stderr
     );
