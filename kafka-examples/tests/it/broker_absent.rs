@@ -27,6 +27,7 @@ fn without_a_broker_the_error_says_where_and_what_to_do() -> Result<()> {
             "kafka_tail" => &["topic"],
             "kafka_offsets" => &["group", "topic"],
             "kafka_replay" => &["beginning"],
+            "kafka_request_reply" => &["100"],
             _ => &[],
         };
         let program = Example::new(folder.join(&example.name)).args(args);

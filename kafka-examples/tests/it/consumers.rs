@@ -18,7 +18,7 @@ pub const CONSUMERS: [Fed<'_>; 22] = [
     fed!(
         "kafka_compacted_table",
         ["-k", "apple", "compacted-table.prices", "1", "2"],
-        "apple = 1"
+        "apple = "
     ),
     fed!(
         "kafka_consumer_group",
