@@ -62,9 +62,13 @@ async fn main() -> anyhow::Result<()> {
     log.with_writer(std::io::stderr).init();
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let (consumer, producer) = clients(&brokers)?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
-    let metadata = consumer.fetch_metadata(Some(TOPICS[0]), TIMEOUT);
-    metadata.context(hint)?;
+    for topic in TOPICS {
+        // Creates a topic that is missing, if that is allowed.
+        let metadata = consumer.fetch_metadata(Some(topic), TIMEOUT);
+        metadata.with_context(|| {
+            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
+        })?;
+    }
     consumer.subscribe(&TOPICS[..DEAD_LETTERS])?;
 
     let worked = work(&consumer, &producer).await;
@@ -120,7 +124,8 @@ fn put_back(
 ) -> Option<(Instant, TopicPartitionList)> {
     let (topic, partition, offset) = (record.topic(), record.partition(), record.offset());
     let left = record.timestamp().to_millis()?.saturating_sub(now());
-    if topic == TOPICS[0] || left <= 0 {
+    // More than MAX_DELAY_MS: the clock that has set the timestamp is wrong.
+    if topic == TOPICS[0] || !(1..=MAX_DELAY_MS).contains(&left) {
         return None;
     }
     let mut list = TopicPartitionList::new();
@@ -128,8 +133,7 @@ fn put_back(
     // If one of these fails, the record is handled too early, which harms nothing.
     let sought = consumer.seek(topic, partition, Offset::Offset(offset), TIMEOUT);
     sought.and_then(|()| consumer.pause(&list)).ok()?;
-    // At most MAX_DELAY_MS, whatever clock has set the timestamp.
-    let left = Duration::from_millis(left.min(MAX_DELAY_MS).unsigned_abs());
+    let left = Duration::from_millis(left.unsigned_abs());
     Some((Instant::now() + left, list))
 }
 
@@ -215,8 +219,9 @@ fn clients(brokers: &str) -> KafkaResult<(StreamConsumer, FutureProducer)> {
         .set("group.id", GROUP)
         .set("auto.offset.reset", "earliest")
         .set("allow.auto.create.topics", "true")
+        // Topics that were not there at the start are noticed after this time.
+        .set("topic.metadata.refresh.interval.ms", "1000")
         .set("enable.auto.offset.store", "false")
-        .set("auto.commit.interval.ms", "1000")
         // Each pause drops the records that were read ahead: read less ahead.
         .set("queued.max.messages.kbytes", "1024")
         .create()?;

@@ -167,9 +167,17 @@ async fn malformed_and_large_payments_are_dead_lettered_with_key_and_headers() -
 
     let letters = dead_letters(&kafka)?;
     assert_eq!(letters.len(), bad.len() + 2);
-    assert_eq!(letters[0].payload(), Some(&large[..]));
-    for (offset, (payload, letter)) in (1..).zip(bad.into_iter().zip(&letters[1..])) {
-        assert_eq!(header(letter, "origin")?, format!("{PAYMENTS}/0/{offset}"));
+    let with = |payload: Option<&[u8]>| letters.iter().position(|one| one.payload() == payload);
+    with(Some(&large)).context("the large payment is missing")?;
+    let odd = with(Some(b"odd")).context("the odd payment is missing")?;
+    for (offset, payload) in (1..).zip(bad) {
+        let origin = format!("{PAYMENTS}/0/{offset}");
+        // The odd header cannot be read.
+        let others = letters.iter().enumerate().filter(|(at, _)| *at != odd);
+        let mut found =
+            others.filter(|(_, one)| header(one, "origin").ok().as_ref() == Some(&origin));
+        let (_, letter) = found.next().context("a letter is missing")?;
+        assert!(found.next().is_none());
         assert_eq!(header(letter, "tenant")?, "acme");
         assert!(!header(letter, "reason")?.is_empty());
         if payload == Some(&huge) {
@@ -178,15 +186,12 @@ async fn malformed_and_large_payments_are_dead_lettered_with_key_and_headers() -
             assert_eq!((letter.key(), letter.payload()), (Some(&b"k"[..]), payload));
         }
     }
-    let odd = letters.last().context("no letter")?;
-    assert_eq!(odd.payload(), Some(&b"odd"[..]));
-    assert_eq!(odd.headers().map(Headers::count), Some(3));
+    assert_eq!(letters[odd].headers().map(Headers::count), Some(3));
     Ok(())
 }
 
 #[tokio::test]
-async fn a_record_waits_no_longer_than_the_longest_delay_and_a_second_member_can_join() -> Result<()>
-{
+async fn a_timestamp_of_a_wrong_clock_delays_nothing_and_a_second_member_can_join() -> Result<()> {
     let kafka = shared::kafka(&[NAME])?;
     let mut first = payer(&kafka)?;
     send(&kafka, None, Some(br#"{"fails":0}"#)).await?;
