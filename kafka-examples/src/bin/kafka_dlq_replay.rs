@@ -23,8 +23,6 @@
 //! - The topic itself keeps the position. A group's offsets would expire, and all letters would be replayed again.
 //! - Deletion needs the permission DELETE. Without it, the program ends before it replays anything.
 //!
-//! Try: look at the letters first, with kafka_tail. A malformed payment fails the next time, too.
-//!
 //! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_retry_dlq, kafka_tail.
 
 use std::ops::Range;
