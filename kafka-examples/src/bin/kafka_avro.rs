@@ -44,6 +44,7 @@ use tokio::time::timeout;
 const TOPIC: &str = "avro-orders";
 /// The registry keeps the versions of a schema under a subject: the topic and `key` or `value`.
 const SUBJECT: &str = "avro-orders-value";
+const REGISTRY: &str = "http://localhost:8081/apis/ccompat/v7";
 const TIMEOUT: Duration = Duration::from_secs(5);
 const OLD: &str = r#"{"type": "record", "name": "Order", "fields": [
     {"name": "id", "type": "string"}, {"name": "cents", "type": "long"}]}"#;
@@ -58,16 +59,17 @@ const INCOMPATIBLE: &str = r#"{"type": "record", "name": "Order", "fields": [
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
-    let url = std::env::var("SCHEMA_REGISTRY_URL");
-    let url = url.unwrap_or_else(|_| "http://localhost:8081/apis/ccompat/v7".into());
+    let url = std::env::var("SCHEMA_REGISTRY_URL").unwrap_or_else(|_| REGISTRY.into());
     let mut config = ClientConfig::new();
     let producer: FutureProducer = config.set("bootstrap.servers", &brokers).create()?;
     let client = producer.client();
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
-    client.fetch_metadata(Some(TOPIC), TIMEOUT).context(hint)?;
-    let registry = SrSettings::new_builder(url.clone())
-        .set_timeout(TIMEOUT)
-        .build()?;
+    client
+        .fetch_metadata(Some(TOPIC), TIMEOUT)
+        .with_context(|| {
+            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
+        })?;
+    let mut registry = SrSettings::new_builder(url.clone());
+    let registry = registry.set_timeout(TIMEOUT).build()?;
     let old_id = register(&registry, OLD).await.with_context(|| {
         // Without a password, which would be before the `@`.
         let address = url.rsplit('@').next().unwrap_or_default();
@@ -88,10 +90,8 @@ async fn main() -> anyhow::Result<()> {
     send(&producer, &registry, NEW, order).await?;
     match register(&registry, INCOMPATIBLE).await {
         Err(error) if error.error.contains("409") => {
-            println!(
-                "a new field without a default is refused: {}",
-                error.cause.unwrap_or_default()
-            );
+            let reason = error.cause.unwrap_or_default();
+            println!("a new field without a default is refused: {reason}");
         }
         other => bail!("a new field without a default is not refused, but {other:?}"),
     }

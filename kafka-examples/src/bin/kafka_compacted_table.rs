@@ -108,13 +108,11 @@ async fn follow(consumer: &StreamConsumer<Errors>) -> anyhow::Result<()> {
         };
         match received {
             Ok(record) => {
-                let change = apply(&mut table, &record);
-                if is_current && let Some(change) = change {
+                if let Some(change) = apply(&mut table, &record).filter(|_| is_current) {
                     println!("{change}");
                 }
                 // The last record can be missing, for example when it marks the end of a transaction.
-                let next = record.offset() + 1;
-                unread.retain(|partition, end| *partition != record.partition() || next < *end);
+                unread.retain(|id, end| *id != record.partition() || record.offset() + 1 < *end);
             }
             Err(KafkaError::PartitionEOF(partition)) => {
                 unread.remove(&partition);

@@ -118,7 +118,6 @@ async fn work(consumer: &StreamConsumer, producer: &FutureProducer) -> anyhow::R
             Ok(Ok(view)) => {
                 let partition = partitions.entry(view.partition()).or_default();
                 let counted = partition.count(&view);
-                // Before the position, it only rebuilds an open window.
                 if view.offset() >= partition.next {
                     partition.next = view.offset() + 1;
                     sent.push(send(producer, &view, counted)?);
@@ -170,11 +169,11 @@ async fn commit(
     Ok(())
 }
 
-/// Reads the partitions that it does not read yet, each from the oldest view in an open window.
-fn assign_new(
+/// The partitions of the topic that it does not read yet.
+fn new_partitions(
     consumer: &StreamConsumer,
-    partitions: &mut BTreeMap<i32, Partition>,
-) -> anyhow::Result<()> {
+    known: &BTreeMap<i32, Partition>,
+) -> anyhow::Result<TopicPartitionList> {
     use RDKafkaErrorCode::*;
     let metadata = consumer.fetch_metadata(Some(VIEWS), TIMEOUT)?;
     let topic = metadata.topics().first().context("no metadata")?;
@@ -187,10 +186,19 @@ fn assign_new(
     }
     let mut new = TopicPartitionList::new();
     for partition in topic.partitions() {
-        if !partitions.contains_key(&partition.id()) {
+        if !known.contains_key(&partition.id()) {
             new.add_partition(VIEWS, partition.id());
         }
     }
+    Ok(new)
+}
+
+/// Reads the new partitions, each from the oldest view in an open window.
+fn assign_new(
+    consumer: &StreamConsumer,
+    partitions: &mut BTreeMap<i32, Partition>,
+) -> anyhow::Result<()> {
+    let mut new = new_partitions(consumer, partitions)?;
     for position in consumer.committed_offsets(new.clone(), TIMEOUT)?.elements() {
         let id = position.partition();
         let (start, end) = consumer.fetch_watermarks(VIEWS, id, TIMEOUT)?;
@@ -231,6 +239,7 @@ type Count = (DateTime<Utc>, String, u64);
 
 #[derive(Default)]
 struct Partition {
+    /// The position. Views before it are counted already, and only rebuild the open windows.
     next: i64,
     watermark: DateTime<Utc>,
     /// By window and page: the number of views, and the offset of the first of them.

@@ -22,10 +22,10 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use chrono::{DateTime, TimeDelta, Timelike, Utc};
-use futures::future::join_all;
+use chrono::{DateTime, DurationRound, TimeDelta, Utc};
 use rdkafka::ClientConfig;
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
+use serde_json::json;
 
 const TOPIC: &str = "page-views";
 const PAGES: [&str; 3] = ["/home", "/docs", "/pricing"];
@@ -42,10 +42,7 @@ async fn main() -> anyhow::Result<()> {
             .with_context(|| format!("{text:?} is not a time like 2026-01-01T12:00:00Z"))?,
         None => Utc::now(),
     };
-    let start = start
-        .with_second(0)
-        .and_then(|time| time.with_nanosecond(0));
-    let start = start.context("this minute has no start")?;
+    let start = start.duration_trunc(TimeDelta::minutes(1))?;
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
@@ -58,25 +55,20 @@ async fn main() -> anyhow::Result<()> {
     metadata.context(hint)?;
 
     let views = views(start);
-    // All at once, in the order of their arrival. `join_all` starts them in this order.
-    let reports = join_all(views.iter().map(async |(time, page)| {
-        let payload = serde_json::json!({"page": page, "at_ms": time.timestamp_millis()});
-        let payload = payload.to_string();
-        let record = FutureRecord::to(TOPIC).key(*page).payload(&payload);
-        producer.send(record, TIMEOUT).await
-    }))
-    .await;
+    let mut reports = Vec::new();
+    for (time, page) in &views {
+        let view = json!({"page": page, "at_ms": time.timestamp_millis()}).to_string();
+        let record = FutureRecord::to(TOPIC).key(*page).payload(&view);
+        // Not awaited here, so that all views are in flight at once, in the order of their arrival.
+        reports.push(producer.send_result(record).map_err(|(error, _)| error)?);
+    }
     for report in reports {
-        let report = report.map_err(|(error, _)| error);
+        let report = report.await?.map_err(|(error, _)| error);
         report.context("not confirmed, a view may or may not be written")?;
     }
-    let last = views.iter().map(|(time, _)| time).max();
-    println!(
-        "sent: {} page views of {} to {}",
-        views.len(),
-        start.format("%H:%M:%S"),
-        last.unwrap_or(&start).format("%H:%M:%S")
-    );
+    let last = views.last().map_or(start, |(time, _)| *time);
+    let (count, first, last) = (views.len(), start.time(), last.time());
+    println!("sent: {count} page views of {first} to {last}");
     Ok(())
 }
 

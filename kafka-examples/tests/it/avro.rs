@@ -124,9 +124,11 @@ fn a_registry_that_fails_ends_the_program_and_skips_no_record() -> Result<()> {
             let (mut stream, _) = listener.accept()?;
             let mut request = Vec::new();
             // The body, if there is one, ends with a brace.
-            while !request.ends_with(b"}")
-                && !(request.starts_with(b"GET") && request.ends_with(b"\r\n\r\n"))
-            {
+            let is_complete = |request: &[u8]| {
+                request.ends_with(b"}")
+                    || request.starts_with(b"GET") && request.ends_with(b"\r\n\r\n")
+            };
+            while !is_complete(&request) {
                 let mut part = [0; 4096];
                 let length = stream.read(&mut part)?;
                 request.extend_from_slice(&part[..length]);
