@@ -37,6 +37,7 @@ impl Pool {
     }
 
     /// Takes every name for its owner's, where several programs use the same topics: `owner` gives one name for all of them.
+    /// An empty name is for a program that has no topics of its own, such as a general sender: it can run on any broker.
     #[must_use]
     pub const fn owned_by(mut self, owner: fn(&str) -> &str) -> Pool {
         self.owner = owner;
@@ -74,7 +75,8 @@ impl Pool {
     /// # Errors
     /// The broker does not start.
     pub fn lend(&self, names: &[&str]) -> Result<Arc<Broker>> {
-        let names: Vec<&str> = names.iter().map(|name| (self.owner)(name)).collect();
+        let names = names.iter().map(|name| (self.owner)(name));
+        let names: Vec<&str> = names.filter(|name| !name.is_empty()).collect();
         let broker = {
             let mut brokers = self.brokers.lock().unwrap_or_else(PoisonError::into_inner);
             let is_free = |lent: &Lent| names.iter().all(|name| !lent.names.contains(*name));

@@ -63,11 +63,8 @@ async fn main() -> anyhow::Result<()> {
     let mut config = ClientConfig::new();
     let producer: FutureProducer = config.set("bootstrap.servers", &brokers).create()?;
     let client = producer.client();
-    client
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .with_context(|| {
-            format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-        })?;
+    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    client.fetch_metadata(Some(TOPIC), TIMEOUT).context(hint)?;
     let mut registry = SrSettings::new_builder(url.clone());
     let registry = registry.set_timeout(TIMEOUT).build()?;
     let old_id = register(&registry, OLD).await.with_context(|| {

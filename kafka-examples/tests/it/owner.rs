@@ -6,6 +6,7 @@ pub fn owner(example: &str) -> &str {
         "kafka_async_producer" => "kafka_consumer_group",
         "kafka_crash_safe_windows" | "kafka_page_views" => "kafka_window_aggregation",
         "kafka_dlq_replay" => "kafka_retry_dlq",
+        "kafka_send" | "kafka_tail" => "",
         _ => example,
     }
 }

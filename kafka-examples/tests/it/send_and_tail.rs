@@ -45,7 +45,7 @@ async fn create(
 
 #[test]
 fn keys_headers_and_odd_bytes_arrive_unchanged() -> Result<()> {
-    let kafka = shared::kafka(&["kafka_send", "kafka_tail"])?;
+    let kafka = shared::kafka(&["send_and_tail"])?;
     let odd = OsStr::from_bytes(b"\xff=\x01 \xc3");
     let header = OsStr::from_bytes(b"h=\xfe=2");
     let args = ["-p", "0", "-k"].map(OsStr::new).to_vec();
@@ -99,7 +99,7 @@ fn keys_headers_and_odd_bytes_arrive_unchanged() -> Result<()> {
 /// A line that cannot be split is reported, and the others are sent.
 #[test]
 fn lines_without_a_key_are_refused_and_the_exit_status_says_it() -> Result<()> {
-    let kafka = shared::kafka(&["kafka_send", "kafka_tail"])?;
+    let kafka = shared::kafka(&["send_and_tail"])?;
     let ended = send(&kafka, &["-K", ":", "lines"], b"a:1\nno key\nb:2\n")?;
     assert_eq!(ended.code(), 1);
     assert_eq!(ended.stdout.lines().count(), 2, "{}", ended.stdout);
@@ -149,7 +149,7 @@ async fn a_refusal_is_told_from_an_unknown_result() -> Result<()> {
 
 #[tokio::test]
 async fn each_partition_is_shown_from_the_offset_to_its_end() -> Result<()> {
-    let kafka = shared::kafka(&["kafka_send", "kafka_tail"])?;
+    let kafka = shared::kafka(&["send_and_tail"])?;
     create(&kafka, "many", 7, &[]).await?;
     for partition in ["0", "3", "6"] {
         send(&kafka, &["-p", partition, "many", "a", "b", "c"], b"")?.ok()?;
@@ -182,7 +182,7 @@ async fn each_partition_is_shown_from_the_offset_to_its_end() -> Result<()> {
 
 #[test]
 fn sigterm_ends_the_reader() -> Result<()> {
-    let kafka = shared::kafka(&["kafka_send", "kafka_tail"])?;
+    let kafka = shared::kafka(&["send_and_tail"])?;
     send(&kafka, &["followed", "one"], b"")?.ok()?;
     let reader = Example::new(env!("CARGO_BIN_EXE_kafka_tail"));
     let mut reader = reader.args(["followed"]).broker(&kafka).spawn()?;
