@@ -83,7 +83,7 @@ async fn main() -> anyhow::Result<()> {
 
 /// The pattern: read to the end that is known at the start, show the table, then show each change.
 async fn follow(consumer: &StreamConsumer<Errors>) -> anyhow::Result<()> {
-    let deadline = Instant::now() + TIMEOUT;
+    let deadline = Instant::now() + 4 * TIMEOUT;
     let mut unread = loop {
         match assign(consumer) {
             // A new topic is known to the broker a moment later.

@@ -28,12 +28,12 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use futures::{Stream, StreamExt, stream};
 use rdkafka::ClientConfig;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
+use rdkafka::producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer};
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 const USAGE: &str = "usage: kafka_send [-k KEY | -K DELIMITER] [-H NAME=VALUE]... [-p PARTITION] [-Z] TOPIC [PAYLOAD...]";
@@ -69,7 +69,7 @@ async fn main() -> anyhow::Result<()> {
     };
     // `buffered` keeps the order of the input and waits for the oldest report when IN_FLIGHT are pending.
     let mut reports = payloads
-        .map(|payload| send(&producer, &options, payload))
+        .map(|payload| report(enqueue(&producer, &options, payload)))
         .buffered(IN_FLIGHT);
     while let Some(report) = reports.next().await {
         all += 1;
@@ -85,34 +85,39 @@ async fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Sends one record and waits for its delivery report.
-async fn send(
+/// Puts one record into the queue at once, so that the records keep their order. The report comes later.
+fn enqueue(
     producer: &FutureProducer,
     options: &Options,
     line: std::io::Result<Vec<u8>>,
-) -> anyhow::Result<String> {
+) -> anyhow::Result<(DeliveryFuture, String)> {
     let line = line.context("cannot read standard input")?;
     let (key, payload) = options.split(&line)?;
     let mut headers = OwnedHeaders::new();
     for (key, value) in &options.headers {
-        headers = headers.insert(Header {
-            key,
-            value: Some(value),
-        });
+        let value = Some(value);
+        headers = headers.insert(Header { key, value });
     }
     let mut record = FutureRecord::<[u8], [u8]>::to(&options.topic).headers(headers);
     (record.key, record.payload) = (key, payload);
     record.partition = options.partition;
-    let shown: String = payload.map_or("(null)".into(), |payload| {
-        let text = String::from_utf8_lossy(payload);
-        text.chars().take(80).collect()
-    });
-    // TIMEOUT bounds the wait for room in the queue; `message.timeout.ms` bounds the delivery.
-    match producer.send(record, TIMEOUT).await {
-        Ok(at) => Ok(format!(
-            "sent to partition {} offset {}: {shown}",
-            at.partition, at.offset
-        )),
+    let text = String::from_utf8_lossy(payload.unwrap_or(b"(null)"));
+    let shown: String = text.chars().take(80).collect();
+    let queued = producer.send_result(record);
+    let queued = queued.map_err(|(error, _)| anyhow!("refused: {error}: {shown}"))?;
+    Ok((queued, shown))
+}
+
+/// Waits for the delivery report, for as long as `message.timeout.ms`.
+async fn report(queued: anyhow::Result<(DeliveryFuture, String)>) -> anyhow::Result<String> {
+    let (delivery, shown) = queued?;
+    match delivery.await? {
+        Ok(at) => {
+            let (partition, offset) = (at.partition, at.offset);
+            Ok(format!(
+                "sent to partition {partition} offset {offset}: {shown}"
+            ))
+        }
         Err((error, _)) if is_definite(&error) => bail!("refused: {error}: {shown}"),
         Err((error, _)) => bail!("may or may not be written: {error}: {shown}"),
     }

@@ -5,7 +5,7 @@
 //! at most 5 seconds later corrects the count. A view that is too late is reported and not counted.
 //!
 //! No offsets are committed. After a crash or a rebalance, a partition is read from its beginning: no view is lost, but
-//! all windows are counted and printed again. kafka_crash_safe_windows continues where it was, and closes idle windows.
+//! all windows are counted and printed again. kafka_crash_safe_windows continues where it was.
 //!
 //! ```console
 //! $ cargo lab run kafka_page_views 2026-01-01T12:00:00Z

@@ -100,7 +100,8 @@ async fn a_killed_replay_forgets_no_letter_and_repeats_at_most_one() -> Result<(
     config.set("bootstrap.servers", kafka.address());
     let observer: BaseConsumer = config.create()?;
     let groups = observer.fetch_group_list(None, TIMEOUT)?;
-    assert_eq!(groups.groups().len(), 0);
+    let mut groups = groups.groups().iter();
+    ensure!(!groups.any(|group| group.name() == "kafka_dlq_replay"));
     Ok(())
 }
 
