@@ -2,7 +2,7 @@
 //!
 //! Write your message type and your action below the line "yours from here". At least once: a record is committed after
 //! `handle` said `Done`, or after a copy of it is in a retry topic (`Retry`) or in the dead-letter topic (`Dead`).
-//! A retry never gives up, and holds up no other order. A crash or a rebalance repeats the orders in work.
+//! A retry never gives up, and holds up no other order. A crash repeats the last second, a rebalance the orders in work.
 //!
 //! ```console
 //! $ cargo lab run kafka_send worker-orders '{"order_id":1,"amount_cents":500}' '{"order_id":"two"}'
@@ -60,8 +60,7 @@ async fn main() -> anyhow::Result<()> {
     }
     let workers = workers()?;
     let worked = future::try_join_all(workers.iter().map(Worker::run)).await;
-    // Commit and leave the groups, so that another member takes over at once. With the broker down, the close can hang
-    // (librdkafka issue 3740): wait no longer than TIMEOUT.
+    // Commit and leave the groups. With the broker down, the close can hang (librdkafka issue 3740).
     let (done, closed) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || {
         drop(workers);
@@ -71,7 +70,7 @@ async fn main() -> anyhow::Result<()> {
     worked?;
     closed.context("closed without leaving the groups: no broker answers")??;
     println!("left the groups");
-    Ok(())
+    std::process::exit(0) // Also while a blocking call in `handle` hangs, which the runtime would wait for.
 }
 
 /// Reads one of the topics, in a group of its own: a record that waits holds up no rebalance of another topic.
@@ -188,6 +187,7 @@ fn workers() -> anyhow::Result<Vec<Worker>> {
         .set("auto.offset.reset", "earliest")
         .set("allow.auto.create.topics", "true")
         .set("enable.auto.offset.store", "false")
+        .set("auto.commit.interval.ms", "1000")
         // Longer than the longest delay, and than a broker is down while a copy waits for it.
         .set("max.poll.interval.ms", "3600000");
     let workers = SUFFIXES.iter().enumerate().map(|(stage, suffix)| {

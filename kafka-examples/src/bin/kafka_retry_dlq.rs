@@ -222,6 +222,7 @@ fn clients(brokers: &str) -> KafkaResult<(StreamConsumer, FutureProducer)> {
         // Topics that were not there at the start are noticed after this time.
         .set("topic.metadata.refresh.interval.ms", "1000")
         .set("enable.auto.offset.store", "false")
+        .set("auto.commit.interval.ms", "1000")
         // Each pause drops the records that were read ahead: read less ahead.
         .set("queued.max.messages.kbytes", "1024")
         .create()?;

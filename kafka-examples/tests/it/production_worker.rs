@@ -221,6 +221,43 @@ async fn sigkill_at_random_moments_loses_no_order() -> Result<()> {
     stop(&mut running)
 }
 
+/// The write to a named pipe hangs until the pipe is read.
+#[tokio::test]
+async fn the_committed_position_stays_at_an_order_that_hangs() -> Result<()> {
+    const HANGS: usize = 40;
+    let kafka = shared::kafka(&[NAME])?;
+    let folder = tempfile::tempdir()?;
+    let receipts = folder.path();
+    let pipe = receipts.join(format!("receipt-{HANGS}.txt"));
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status()?;
+    ensure!(made.success());
+    let places = send_orders(&kafka, 0..200).await?;
+    let (partition, offset) = places[HANGS];
+    let mut running = worker(&kafka, receipts)?;
+    // The orders after it are handled, but their offsets are not committed.
+    let later = |running: &mut Running| {
+        let place = |line: &str| -> Option<i64> {
+            let rest = line.strip_prefix(&format!("{TOPIC}/{partition}/"))?;
+            rest.strip_suffix(": done")?.parse().ok()
+        };
+        let lines = running.lines();
+        lines.iter().any(|line| place(line) > Some(offset))
+    };
+    let deadline = Instant::now() + TIMEOUT;
+    while committed(&kafka)?[&partition] < offset || !later(&mut running) {
+        ensure!(Instant::now() < deadline, "{:?}", running.lines());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // Commits what is stored.
+    running.terminate()?;
+    running.wait(TIMEOUT)?.ok()?;
+    assert_eq!(committed(&kafka)?[&partition], offset);
+    fs::remove_file(&pipe)?;
+    let mut running = worker(&kafka, receipts)?;
+    await_receipts(&mut running, receipts, 200)?;
+    stop(&mut running)
+}
+
 #[tokio::test]
 async fn sigterm_finishes_the_orders_in_work_and_none_is_repeated() -> Result<()> {
     const ORDERS: usize = 3000;
