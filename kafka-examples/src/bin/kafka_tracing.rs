@@ -192,10 +192,11 @@ fn start_tracing() -> SdkTracerProvider {
         .with_simple_exporter(OneLine)
         .build();
     let spans = tracing_opentelemetry::layer().with_tracer(traces.tracer("kafka_tracing"));
+    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     tracing_subscriber::registry()
         .with(spans.with_filter(LevelFilter::INFO))
-        .with(log.with_filter(EnvFilter::from_default_env()))
+        .with(log.with_filter(EnvFilter::new(filter)))
         .init();
     traces
 }
