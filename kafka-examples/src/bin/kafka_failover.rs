@@ -6,7 +6,6 @@
 //!
 //! ```console
 //! 1$ cargo lab run kafka_failover
-//! leader: node [..], in sync: [..], [..], [..]
 //! ...
 //! confirmed: order 0
 //! 2$ cargo lab kill kafka.2
