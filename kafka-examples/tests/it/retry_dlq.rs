@@ -105,7 +105,7 @@ async fn each_payment_is_paid_or_dead_lettered_over_kills_at_random_moments() ->
     let mut ends: BTreeMap<String, String> = BTreeMap::new();
     for kills in 0.. {
         let mut running = payer(&kafka)?;
-        if kills < 4 {
+        if kills < 2 {
             for _ in 0..chance.u32(1..90) {
                 running.wait_for("attempt ", TIMEOUT)?;
             }
