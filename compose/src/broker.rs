@@ -48,6 +48,9 @@ pub(crate) struct Wish {
 /// How to connect to a secured broker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Access {
+    /// `plain`, or the name of the user.
+    #[serde(default)]
+    pub(crate) name: String,
     /// With which rights.
     pub(crate) title: String,
     /// To be read by a shell.
@@ -390,6 +393,7 @@ impl Broker {
             let file = security.path(&format!("{name}.env"));
             security::write(&file, &(exports.join("\n") + "\n"))?;
             Ok(Access {
+                name: name.to_owned(),
                 title,
                 file,
                 exports,

@@ -57,12 +57,8 @@ pub fn private_brokers(example: &ExampleInfo) -> Result<Vec<Arc<Broker>>> {
         .collect()
 }
 
-fn is_secured(example: &ExampleInfo, service: Service) -> bool {
-    example.secure && service.spec().facts().secured.is_some()
-}
-
 pub(super) fn private_broker(service: Service, example: &ExampleInfo) -> Result<Arc<Broker>> {
-    let broker = if is_secured(example, service) {
+    let broker = if example.needs_secured(service) {
         Broker::secure(service)
     } else {
         Broker::private_cluster(service, example.nodes)
@@ -142,7 +138,7 @@ impl Package {
             .map_err(fail)?;
         let env = brokers
             .iter()
-            .map(|broker| match is_secured(example, broker.service()) {
+            .map(|broker| match example.needs_secured(broker.service()) {
                 true => broker.secured_env(User::Application),
                 false => Ok(broker.env()),
             });

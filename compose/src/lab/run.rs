@@ -76,7 +76,7 @@ pub(super) fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode
     let mut access = Vec::new();
     let mut mocked = false;
     for (service, mut origin) in origins {
-        let secure = example.secure && service.spec().facts().secured.is_some();
+        let secure = example.needs_secured(service);
         // That was minutes ago, if much had to be built.
         if !origin.holds(&home, service)? {
             origin = Origin::choose(&home, service)?;
@@ -170,8 +170,8 @@ pub(super) fn run(name: &str, args: &[String], release: bool) -> Result<ExitCode
 
 /// The file that says how the application connects with TLS.
 fn application(access: &[Access]) -> Option<String> {
-    let title = format!("as the {}", User::Application);
-    let access = access.iter().find(|one| one.title.ends_with(&title));
+    let name = User::Application.to_string();
+    let access = access.iter().find(|one| one.name == name);
     access.map(|one| one.file.clone())
 }
 

@@ -280,6 +280,11 @@ impl ExampleInfo {
         })
     }
 
+    /// Whether this service must be secured for it. Some services cannot be.
+    pub(crate) fn needs_secured(&self, service: Service) -> bool {
+        self.secure && service.spec().facts().secured.is_some()
+    }
+
     /// The header, and the file in which it stands, relative to the workspace if it is there.
     pub(crate) fn description(&self, workspace: &Path) -> String {
         let source = self.source.strip_prefix(workspace).unwrap_or(&self.source);
