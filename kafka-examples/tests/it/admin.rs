@@ -5,21 +5,15 @@ use std::time::Duration;
 use anyhow::Result;
 use compose::harness::{Direction, Example, Finished, Proxy, TIMEOUT};
 use compose::{Broker, Service};
-use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
-use rdkafka::client::DefaultClientContext;
+use rdkafka::admin::{AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
+
+use crate::administrator::admin;
 
 fn run(kafka: &Broker) -> Result<Finished> {
     Example::new(env!("CARGO_BIN_EXE_kafka_admin"))
         .broker(kafka)
         .spawn()?
         .wait(TIMEOUT)
-}
-
-fn admin(kafka: &Broker) -> Result<AdminClient<DefaultClientContext>> {
-    Ok(ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?)
 }
 
 fn topics(kafka: &Broker) -> Result<Vec<String>> {

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use compose::harness::{Example, Running, TIMEOUT, kafka_tool};
-use compose::{Broker, Service, User};
+use compose::harness::{Example, Running, TIMEOUT};
+use compose::{Broker, Service};
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{BaseRecord, FutureProducer, FutureRecord, Producer, ThreadedProducer};
 
+use crate::administrator::{create_topic, tool};
 use crate::reader;
 use crate::shared;
 
@@ -51,20 +52,6 @@ fn prices<const N: usize>(prices: [(&str, u64); N]) -> BTreeMap<String, u64> {
     prices.map(|(key, price)| (key.to_owned(), price)).into()
 }
 
-async fn create(kafka: &Broker, partitions: i32, config: &[(&str, &str)]) -> Result<()> {
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    let mut topic = NewTopic::new(TOPIC, partitions, TopicReplication::Fixed(1));
-    for (name, value) in config {
-        topic = topic.set(name, value);
-    }
-    let options = AdminOptions::new().operation_timeout(Some(TIMEOUT));
-    let created = admin.create_topics([&topic], &options).await?;
-    ensure!(created.iter().all(Result::is_ok), "{created:?}");
-    Ok(())
-}
-
 #[tokio::test]
 async fn compaction_keeps_the_latest_value_and_removes_older_ones() -> Result<()> {
     let kafka = shared::kafka(&["kafka_compacted_table"])?;
@@ -74,7 +61,7 @@ async fn compaction_keeps_the_latest_value_and_removes_older_ones() -> Result<()
         ("segment.ms", "5000"),
         ("min.cleanable.dirty.ratio", "0.1"),
     ];
-    create(&kafka, 1, &config).await?;
+    create_topic(&kafka, TOPIC, 1, &config).await?;
     feed(&kafka, ["-k", "apple", TOPIC, "1"])?;
     feed(&kafka, ["-k", "pear", TOPIC, "2"])?;
     feed(&kafka, ["-k", "pear", "-Z", TOPIC, ""])?;
@@ -111,7 +98,7 @@ async fn compaction_keeps_the_latest_value_and_removes_older_ones() -> Result<()
 #[tokio::test]
 async fn an_empty_value_is_not_a_tombstone_and_malformed_records_change_nothing() -> Result<()> {
     let kafka = shared::kafka(&["kafka_compacted_table"])?;
-    create(&kafka, 1, &[("cleanup.policy", "compact")]).await?;
+    create_topic(&kafka, TOPIC, 1, &[("cleanup.policy", "compact")]).await?;
     feed(&kafka, ["-k", "apple", TOPIC, "1"])?;
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
@@ -149,7 +136,7 @@ async fn an_empty_value_is_not_a_tombstone_and_malformed_records_change_nothing(
 #[tokio::test]
 async fn all_partitions_are_read_and_a_topic_without_compaction_is_reported() -> Result<()> {
     let kafka = shared::kafka(&["kafka_compacted_table"])?;
-    create(&kafka, 7, &[]).await?;
+    create_topic(&kafka, TOPIC, 7, &[]).await?;
     for (partition, key) in ["a", "b", "c", "d", "e", "f"].into_iter().enumerate() {
         let partition = partition.to_string();
         feed(&kafka, ["-p", &partition, "-k", key, TOPIC, "1"])?;
@@ -211,7 +198,7 @@ fn a_topic_that_ends_with_a_transaction_is_read_to_its_end() -> Result<()> {
 #[tokio::test]
 async fn records_deleted_unread_end_the_program() -> Result<()> {
     let kafka = shared::kafka(&["kafka_compacted_table"])?;
-    create(&kafka, 1, &[("cleanup.policy", "compact,delete")]).await?;
+    create_topic(&kafka, TOPIC, 1, &[("cleanup.policy", "compact,delete")]).await?;
     feed(&kafka, ["-k", "apple", TOPIC, "1"])?;
     let (_, mut reader) = read(&kafka)?;
     // Frozen after the answer to its last request, so that it misses what is deleted.
@@ -245,24 +232,9 @@ fn without_the_permission_to_create_an_existing_topic_is_used() -> Result<()> {
         ended.stderr
     );
 
-    let administrator = kafka
-        .secured_env(User::Administrator)?
-        .into_iter()
-        .collect();
-    let mut tool = kafka_tool(
-        &kafka,
-        "org.apache.kafka.tools.TopicCommand",
-        &administrator,
-    )?;
-    let created = tool.args([
-        "--create",
-        "--topic",
-        TOPIC,
-        "--config",
-        "cleanup.policy=compact",
-    ]);
-    let created = created.output()?;
-    ensure!(created.status.success(), "{created:?}");
+    let config = "cleanup.policy=compact";
+    let create = ["--create", "--topic", TOPIC, "--config", config];
+    tool(&kafka, "TopicCommand", &create)?;
     feed(&kafka, ["-k", "apple", TOPIC, "1"])?;
     let (found, mut reader) = read(&kafka)?;
     assert_eq!(found, prices([("apple", 1)]));

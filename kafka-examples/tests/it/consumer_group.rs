@@ -4,14 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Proxy, Running, TIMEOUT, kafka_tool};
-use compose::{Broker, Service, User};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
+use compose::harness::{Example, Proxy, Running, TIMEOUT};
+use compose::{Broker, Service};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
+use crate::administrator::{create_topic, tool};
 use crate::shared;
 
 const TOPIC: &str = "group-orders";
@@ -57,16 +56,6 @@ async fn send(
     (record.key, record.payload) = (key, payload);
     let sent = producer.send(record, TIMEOUT).await;
     sent.map_err(|(error, _)| error)?;
-    Ok(())
-}
-
-async fn create_topic(kafka: &Broker, partitions: i32) -> Result<()> {
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    let topic = NewTopic::new(TOPIC, partitions, TopicReplication::Fixed(1));
-    let created = admin.create_topics([&topic], &AdminOptions::new()).await?;
-    assert_eq!(created, [Ok(TOPIC.to_owned())]);
     Ok(())
 }
 
@@ -288,7 +277,7 @@ async fn member_that_lost_its_partitions_during_the_work_continues() -> Result<(
 #[tokio::test]
 async fn any_bytes_are_processed_on_any_number_of_partitions() -> Result<()> {
     let kafka = shared::kafka(&["kafka_consumer_group"])?;
-    create_topic(&kafka, 5).await?;
+    create_topic(&kafka, TOPIC, 5, &[]).await?;
     let mut member = member(&kafka)?;
     member.wait_for("assigned: [0, 1, 2, 3, 4]", TIMEOUT)?;
     let producer = producer(&kafka)?;
@@ -331,7 +320,7 @@ async fn stop_without_a_broker_reports_that_orders_will_be_repeated() -> Result<
 #[tokio::test]
 async fn group_with_another_strategy_ends_the_member_with_the_reason() -> Result<()> {
     let kafka = shared::kafka(&["kafka_consumer_group"])?;
-    create_topic(&kafka, 3).await?;
+    create_topic(&kafka, TOPIC, 3, &[]).await?;
     let other: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .set("group.id", GROUP)
@@ -357,22 +346,8 @@ async fn group_with_another_strategy_ends_the_member_with_the_reason() -> Result
 #[tokio::test]
 async fn missing_group_permission_ends_the_member_with_the_reason() -> Result<()> {
     let kafka = Broker::secure(Service::Kafka)?;
-    let administrator = kafka
-        .secured_env(User::Administrator)?
-        .into_iter()
-        .collect();
-    let order = |class: &str, args: &[&str]| -> Result<()> {
-        let output = kafka_tool(&kafka, class, &administrator)?
-            .args(args)
-            .output()?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{said}");
-        Ok(())
-    };
-    order(
-        "org.apache.kafka.tools.TopicCommand",
-        &["--create", "--topic", TOPIC, "--partitions", "3"],
-    )?;
+    let create = &["--create", "--topic", TOPIC, "--partitions", "3"];
+    tool(&kafka, "TopicCommand", create)?;
     let mut member = only_member(&kafka)?;
     produce(&kafka, 3, 1).await?;
     member.wait_for("committed: ", TIMEOUT)?;
@@ -394,7 +369,7 @@ async fn missing_group_permission_ends_the_member_with_the_reason() -> Result<()
         GROUP,
     ];
     let deny = [&deny[..], &["--operation", "Read"]].concat();
-    order("org.apache.kafka.tools.AclCommand", &deny)?;
+    tool(&kafka, "AclCommand", &deny)?;
     // A member learns it with its next request, at the latest when another one joins.
     refused(member)?;
     refused(crate::consumer_group::member(&kafka)?)

@@ -1,15 +1,13 @@
 //! The consumer protocol: members share, a running classic group is moved to it, and what the client refuses.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
 use compose::Broker;
 use compose::harness::{Example, Running, TIMEOUT};
-use rdkafka::ClientConfig;
-use rdkafka::producer::{FutureProducer, FutureRecord};
 
+use crate::arriving_orders::with_orders;
 use crate::parallel_consumer::committed;
 use crate::shared;
 
@@ -43,40 +41,6 @@ fn said(member: &mut Running) -> Vec<String> {
     said
 }
 
-/// Sends to all partitions in turn until it is stopped, and returns how many orders there are.
-fn feed(kafka: &Broker, stop: &AtomicBool) -> Result<usize> {
-    let producer: FutureProducer = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .set("enable.idempotence", "true")
-        .create()?;
-    let mut reports = Vec::new();
-    while !stop.load(Ordering::Relaxed) {
-        let partition = i32::try_from(reports.len() % 3)?;
-        let record = FutureRecord::<str, str>::to(TOPIC)
-            .partition(partition)
-            .payload("order");
-        reports.push(producer.send_result(record).map_err(|(error, _)| error)?);
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let sent = reports.len();
-    for report in reports {
-        futures::executor::block_on(report)?.map_err(|(error, _)| error)?;
-    }
-    Ok(sent)
-}
-
-/// Runs this while orders arrive. Returns how many orders there are.
-fn with_orders(kafka: &Broker, run: impl FnOnce() -> Result<()>) -> Result<usize> {
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let feeder = scope.spawn(|| feed(kafka, &stop));
-        let ran = run();
-        stop.store(true, Ordering::Relaxed);
-        let sent = feeder.join().map_err(|_| anyhow!("the feeder panicked"))?;
-        ran.and(sent)
-    })
-}
-
 fn wait_for_all(before: &[String], members: &mut [Running], sent: usize) -> Result<()> {
     let deadline = Instant::now() + TIMEOUT;
     loop {
@@ -106,7 +70,7 @@ fn replace(
     first.wait_for("assigned: 0 1 2", TIMEOUT)?;
     let mut members = vec![first];
     let (mut orders, mut story) = (Vec::new(), Vec::new());
-    let sent = with_orders(kafka, || {
+    let sent = with_orders(kafka, TOPIC, || {
         let mut second = example(kafka, from)?;
         second.wait_for(": done", TIMEOUT)?;
         members.push(second);
@@ -173,7 +137,7 @@ fn two_members_share_and_one_takes_over_from_one_that_was_killed() -> Result<()>
     let mut first = example(&kafka, &[])?;
     first.wait_for("assigned: 0 1 2", TIMEOUT)?;
     let mut second = None;
-    let sent = with_orders(&kafka, || {
+    let sent = with_orders(&kafka, TOPIC, || {
         first.wait_for(": done", TIMEOUT)?;
         let second = second.insert(example(&kafka, &["group.remote.assignor=range"])?);
         second.wait_for("assigned: ", TIMEOUT)?;

@@ -4,15 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Finished, Running, TIMEOUT, kafka_tool};
-use compose::{Broker, Service, User};
-use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
+use compose::harness::{Example, Finished, Running, TIMEOUT};
+use compose::{Broker, Service};
+use rdkafka::admin::{AdminOptions, NewPartitions};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
+use crate::administrator::{admin, create_topic, tool};
 use crate::reader::{read, send_large};
 use crate::shared;
 
@@ -166,20 +166,6 @@ fn wait_until_done(kafka: &Broker, running: &mut Running) -> Result<()> {
 
 fn page(page: &str, at: i64) -> String {
     format!(r#"{{"page":"{page}","at_ms":{}}}"#, START + at)
-}
-
-fn admin(kafka: &Broker) -> Result<AdminClient<DefaultClientContext>> {
-    Ok(ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?)
-}
-
-async fn create(kafka: &Broker, partitions: i32) -> Result<()> {
-    let topic = NewTopic::new(VIEWS, partitions, TopicReplication::Fixed(1));
-    let options = AdminOptions::new().operation_timeout(Some(TIMEOUT));
-    let created = admin(kafka)?.create_topics([&topic], &options).await?;
-    ensure!(created.iter().all(Result::is_ok), "{created:?}");
-    Ok(())
 }
 
 /// The views, all of them in flight at once.
@@ -350,7 +336,7 @@ async fn a_second_instance_takes_over_and_the_first_ends() -> Result<()> {
 #[tokio::test]
 async fn a_backlog_is_not_late_and_a_page_in_two_partitions_is_the_sum_of_both() -> Result<()> {
     let kafka = shared::kafka(&["kafka_crash_safe_windows"])?;
-    create(&kafka, 2).await?;
+    create_topic(&kafka, VIEWS, 2, &[]).await?;
     // Ten minutes of the same page in both, in order.
     let seconds = |partition| (0..600).map(move |second| (partition, page("/both", 1000 * second)));
     send(&kafka, seconds(0).chain(seconds(1))).await?;
@@ -365,7 +351,7 @@ async fn a_backlog_is_not_late_and_a_page_in_two_partitions_is_the_sum_of_both()
 #[tokio::test]
 async fn deleted_views_are_reported_and_the_others_are_counted() -> Result<()> {
     let kafka = shared::kafka(&["kafka_crash_safe_windows"])?;
-    create(&kafka, 1).await?;
+    create_topic(&kafka, VIEWS, 1, &[]).await?;
     let delete = async |before| -> Result<()> {
         let mut until = TopicPartitionList::new();
         until.add_partition_offset(VIEWS, 0, Offset::Offset(before))?;
@@ -409,7 +395,7 @@ async fn deleted_views_are_reported_and_the_others_are_counted() -> Result<()> {
 #[tokio::test]
 async fn all_of_six_partitions_and_of_an_added_one_are_read() -> Result<()> {
     let kafka = shared::kafka(&["kafka_crash_safe_windows"])?;
-    create(&kafka, 6).await?;
+    create_topic(&kafka, VIEWS, 6, &[]).await?;
     generate(&kafka, "2026-01-01T12:00:00Z")?;
     let mut running = windows(&kafka)?;
     wait_until_done(&kafka, &mut running)?;
@@ -436,7 +422,7 @@ async fn all_of_six_partitions_and_of_an_added_one_are_read() -> Result<()> {
 #[tokio::test]
 async fn a_position_after_the_end_of_the_topic_ends_the_program() -> Result<()> {
     let kafka = shared::kafka(&["kafka_crash_safe_windows"])?;
-    create(&kafka, 1).await?;
+    create_topic(&kafka, VIEWS, 1, &[]).await?;
     send(&kafka, (0..3).map(|at| (0, page("/", at)))).await?;
     let other: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
@@ -456,7 +442,7 @@ async fn a_position_after_the_end_of_the_topic_ends_the_program() -> Result<()> 
 #[tokio::test]
 async fn a_topic_that_was_created_again_is_counted_from_its_start() -> Result<()> {
     let kafka = shared::kafka(&["kafka_crash_safe_windows"])?;
-    create(&kafka, 1).await?;
+    create_topic(&kafka, VIEWS, 1, &[]).await?;
     send(&kafka, (0..3).map(|at| (0, page("/", at)))).await?;
     run(&kafka)?;
     let deleted = admin(&kafka)?
@@ -465,7 +451,7 @@ async fn a_topic_that_was_created_again_is_counted_from_its_start() -> Result<()
     ensure!(deleted.iter().all(Result::is_ok), "{deleted:?}");
     // The name is free again a moment later.
     let deadline = Instant::now() + TIMEOUT;
-    while create(&kafka, 1).await.is_err() && !matches!(left(&kafka), Ok(0)) {
+    while create_topic(&kafka, VIEWS, 1, &[]).await.is_err() && !matches!(left(&kafka), Ok(0)) {
         ensure!(Instant::now() < deadline, "not created again");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -487,15 +473,8 @@ async fn without_the_permission_to_create_existing_topics_are_used() -> Result<(
         ended.stderr
     );
 
-    let administrator = kafka
-        .secured_env(User::Administrator)?
-        .into_iter()
-        .collect();
     for topic in [VIEWS, COUNTS, REJECTED] {
-        let class = "org.apache.kafka.tools.TopicCommand";
-        let mut tool = kafka_tool(&kafka, class, &administrator)?;
-        let created = tool.args(["--create", "--topic", topic]).output()?;
-        ensure!(created.status.success(), "{created:?}");
+        tool(&kafka, "TopicCommand", &["--create", "--topic", topic])?;
     }
     generate(&kafka, "2026-01-01T12:00:00Z")?;
     run(&kafka)?;

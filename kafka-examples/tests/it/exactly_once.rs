@@ -10,12 +10,12 @@ use compose::{Broker, Service};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
+use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::ending::is_ending;
-use crate::reader::{await_markers, read, send_large};
+use crate::reader::{await_markers, header, read, send_large};
 use crate::shared;
 
 const ORDERS: &str = "exactly-once.orders";
@@ -321,12 +321,6 @@ async fn each_order_once_although_partitions_move_in_the_middle_of_a_batch() -> 
         stop(other)?;
     }
     check(&kafka, 0..next + 5000)
-}
-
-fn header(letter: &OwnedMessage, name: &str) -> Option<String> {
-    let mut headers = letter.headers()?.iter();
-    let header = headers.find(|header| header.key == name)?;
-    Some(String::from_utf8_lossy(header.value?).into_owned())
 }
 
 #[tokio::test]

@@ -5,10 +5,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use compose::harness::{Example, Running, TIMEOUT};
 use compose::{Broker, Service};
-use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
-use rdkafka::client::DefaultClientContext;
-use rdkafka::{ClientConfig, Message};
+use rdkafka::Message;
+use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
 
+use crate::administrator::admin;
 use crate::reader::read;
 
 const TOPIC: &str = "failover-orders";
@@ -20,12 +20,6 @@ fn start(kafka: &Broker) -> Result<Running> {
     orders.wait_for("in sync: [1, 2, 3]", TIMEOUT)?;
     orders.wait_for("confirmed: order 5", TIMEOUT)?;
     Ok(orders)
-}
-
-fn admin(kafka: &Broker) -> Result<AdminClient<DefaultClientContext>> {
-    Ok(ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?)
 }
 
 /// The leader of partition 0 and its in-sync copies, as a client of the test's own sees them.

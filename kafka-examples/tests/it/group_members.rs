@@ -1,14 +1,13 @@
 //! Members of groups, and what a broker refuses them.
 
-use std::collections::HashMap;
-
-use anyhow::{Result, ensure};
-use compose::harness::{Example, Running, TIMEOUT, kafka_tool};
-use compose::{Broker, Service, User};
+use anyhow::Result;
+use compose::harness::{Example, Running, TIMEOUT};
+use compose::{Broker, Service};
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 
+use crate::administrator::tool;
 use crate::shared;
 
 /// Each example, its topic, which is its group, too, and what it prints when it has worked on a record.
@@ -39,25 +38,12 @@ fn example(kafka: &Broker, program: &str) -> Result<Running> {
     Example::new(program).broker(kafka).spawn()
 }
 
-/// One of Kafka's own tools, as the administrator.
-fn tool(kafka: &Broker, class: &str, args: &[&str]) -> Result<()> {
-    let administrator: HashMap<_, _> = kafka
-        .secured_env(User::Administrator)?
-        .into_iter()
-        .collect();
-    let output = kafka_tool(kafka, class, &administrator)?
-        .args(args)
-        .output()?;
-    ensure!(output.status.success(), "{args:?}: {output:?}");
-    Ok(())
-}
-
 #[tokio::test]
 async fn without_permission_to_create_a_member_works_and_without_the_group_it_ends() -> Result<()> {
     let kafka = Broker::secure(Service::Kafka)?;
     for (_, topic, _) in MEMBERS {
         let create = ["--create", "--topic", topic, "--partitions", "5"];
-        tool(&kafka, "org.apache.kafka.tools.TopicCommand", &create)?;
+        tool(&kafka, "TopicCommand", &create)?;
     }
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
@@ -92,7 +78,7 @@ async fn without_permission_to_create_a_member_works_and_without_the_group_it_en
         .iter()
         .map(|(program, ..)| example(&kafka, program))
         .collect::<Result<_>>()?;
-    tool(&kafka, "org.apache.kafka.tools.AclCommand", &refuse)?;
+    tool(&kafka, "AclCommand", &refuse)?;
     for (mut member, (program, ..)) in running.into_iter().zip(MEMBERS) {
         // The ones that run learn of it from the next answer, the ones that start at once.
         ended_with(&mut member, "GroupAuthorizationFailed")?;

@@ -6,16 +6,14 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use compose::Broker;
 use compose::harness::{Example, Running, TIMEOUT, produce_kafka_record};
-use rdkafka::admin::{
-    AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication,
-};
-use rdkafka::client::DefaultClientContext;
+use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message};
 
-use crate::reader::{read, send_large};
+use crate::administrator::{admin, create_topic};
+use crate::reader::{header, read, send_large};
 use crate::shared;
 
 const TOPIC: &str = "schema-events";
@@ -38,19 +36,6 @@ fn stop(mut reader: Running) -> Result<()> {
         "{}",
         ended.stdout
     );
-    Ok(())
-}
-
-fn admin(kafka: &Broker) -> Result<AdminClient<DefaultClientContext>> {
-    let mut config = ClientConfig::new();
-    Ok(config.set("bootstrap.servers", kafka.address()).create()?)
-}
-
-async fn create_topic(kafka: &Broker, name: &str, partitions: i32) -> Result<()> {
-    let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
-    let options = AdminOptions::new();
-    let created = admin(kafka)?.create_topics([&topic], &options).await?;
-    ensure!(created.iter().all(Result::is_ok), "{created:?}");
     Ok(())
 }
 
@@ -89,17 +74,11 @@ fn dead_letters(kafka: &Broker) -> Result<BTreeMap<String, OwnedMessage>> {
     Ok(letters)
 }
 
-fn header(letter: &OwnedMessage, name: &str) -> Option<String> {
-    let mut headers = letter.headers()?.iter();
-    let header = headers.find(|header| header.key == name)?;
-    Some(String::from_utf8_lossy(header.value?).into_owned())
-}
-
 #[tokio::test]
 async fn events_that_are_not_understood_are_dead_lettered_unchanged() -> Result<()> {
     let kafka = shared::kafka(&["kafka_headers_schema"])?;
     // More than the broker would choose.
-    create_topic(&kafka, TOPIC, 5).await?;
+    create_topic(&kafka, TOPIC, 5, &[]).await?;
     let mut first = reader(&kafka)?;
     let spaces = vec![b' '; 1_040_000];
     let long = "9".repeat(5000);
@@ -157,7 +136,7 @@ async fn events_that_are_not_understood_are_dead_lettered_unchanged() -> Result<
 #[tokio::test]
 async fn without_a_dead_letter_there_is_no_commit() -> Result<()> {
     let kafka = shared::kafka(&["kafka_headers_schema"])?;
-    create_topic(&kafka, DEAD_LETTERS, 1).await?;
+    create_topic(&kafka, DEAD_LETTERS, 1, &[]).await?;
     let mut first = reader(&kafka)?;
     // It has begun to read, and its group has a first position.
     let event = br#"{"order_id":"a","amount":1}"#;
@@ -189,7 +168,7 @@ async fn without_a_dead_letter_there_is_no_commit() -> Result<()> {
 #[tokio::test]
 async fn dead_letter_that_is_too_large_is_written_without_its_payload() -> Result<()> {
     let kafka = shared::kafka(&["kafka_headers_schema"])?;
-    create_topic(&kafka, DEAD_LETTERS, 1).await?;
+    create_topic(&kafka, DEAD_LETTERS, 1, &[]).await?;
     let letters = limit(&kafka, "1000", false).await?;
     // Whether or not the new limit is in force, this does not fit.
     let mut random = fastrand::Rng::with_seed(1);

@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use compose::harness::{Example, Running, TIMEOUT};
 use compose::{Broker, Service};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
+use rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::producer::{BaseProducer, BaseRecord, FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
+use crate::administrator::admin;
 use crate::shared;
 
 fn monitor(kafka: &Broker) -> Result<Running> {
@@ -60,12 +60,6 @@ async fn produce(kafka: &Broker, partition: i32, count: u32) -> Result<()> {
             .map_err(|(error, _)| error)?;
     }
     Ok(())
-}
-
-fn admin(kafka: &Broker) -> Result<AdminClient<DefaultClientContext>> {
-    Ok(ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?)
 }
 
 async fn topic_of_two(kafka: &Broker) -> Result<()> {

@@ -1,6 +1,8 @@
 //! What the headers of the Kafka examples claim, tried on a real broker.
 
 mod admin;
+mod administrator;
+mod arriving_orders;
 mod async_producer;
 mod avro;
 mod batch_producer;

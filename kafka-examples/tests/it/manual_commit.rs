@@ -1,20 +1,21 @@
 //! The position never passes an order that is neither processed nor in the dead-letter topic.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 
 use anyhow::Result;
-use compose::harness::{Example, Running, TIMEOUT, kafka_tool};
-use compose::{Broker, Service, User};
+use compose::harness::{Example, Running, TIMEOUT};
+use compose::{Broker, Service};
 use rdkafka::admin::{
     AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication,
 };
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
+use rdkafka::message::{Header, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
-use crate::reader::{read, send_large};
+use crate::administrator::tool;
+use crate::reader::{header, read, send_large};
 use crate::shared;
 
 type Bytes<'a> = Option<&'a [u8]>;
@@ -77,12 +78,6 @@ fn dead_letters(kafka: &Broker) -> Result<Vec<OwnedMessage>> {
     let mut letters = read(kafka, "reliable-orders.dlq", "read_committed")?;
     letters.sort_by_key(|letter| header(letter, "origin"));
     Ok(letters)
-}
-
-fn header(record: &OwnedMessage, name: &str) -> Option<String> {
-    let headers = record.headers()?;
-    let header = headers.iter().find(|header| header.key == name)?;
-    Some(String::from_utf8_lossy(header.value?).into_owned())
 }
 
 /// Key, payload and headers stay as they were.
@@ -211,20 +206,9 @@ async fn no_permission_to_create_is_needed() -> Result<()> {
         ended.stderr
     );
 
-    let administrator: HashMap<_, _> = kafka
-        .secured_env(User::Administrator)?
-        .into_iter()
-        .collect();
     for topic in ["reliable-orders", "reliable-orders.dlq"] {
-        let mut tool = kafka_tool(
-            &kafka,
-            "org.apache.kafka.tools.TopicCommand",
-            &administrator,
-        )?;
-        let output = tool
-            .args(["--create", "--partitions", "5", "--topic", topic])
-            .output()?;
-        assert!(output.status.success(), "{output:?}");
+        let create = ["--create", "--partitions", "5", "--topic", topic];
+        tool(&kafka, "TopicCommand", &create)?;
     }
     let mut consumer = consumer(&kafka)?;
     send(&kafka, "4", &["invalid-0", "order-1"])?;

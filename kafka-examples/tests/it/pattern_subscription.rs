@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use compose::Broker;
 use compose::harness::{Example, Running, TIMEOUT};
-use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
+use rdkafka::admin::{AdminOptions, NewPartitions};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
+use crate::administrator::{admin, create_topic};
 use crate::shared;
 
 /// Well below five minutes, the default interval.
@@ -27,19 +27,6 @@ fn config(kafka: &Broker) -> ClientConfig {
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", kafka.address());
     config
-}
-
-fn admin(kafka: &Broker) -> Result<AdminClient<DefaultClientContext>> {
-    Ok(config(kafka).create()?)
-}
-
-async fn create(kafka: &Broker, topic: &str, partitions: i32) -> Result<()> {
-    let new = NewTopic::new(topic, partitions, TopicReplication::Fixed(1));
-    let created = admin(kafka)?
-        .create_topics([&new], &AdminOptions::new())
-        .await?;
-    assert_eq!(created, [Ok(topic.to_owned())]);
-    Ok(())
 }
 
 async fn send(kafka: &Broker, topic: &str, partition: i32, payload: &[u8]) -> Result<()> {
@@ -72,11 +59,11 @@ async fn topic_created_later_is_read_from_its_beginning_and_others_are_not_read(
     let mut reader = reader(&kafka)?;
     reader.wait_for("waiting: ", TIMEOUT)?;
     for topic in ["eventsXother", "my.events.other", "events.first"] {
-        create(&kafka, topic, 1).await?;
+        create_topic(&kafka, topic, 1, &[]).await?;
         send(&kafka, topic, 0, b"before").await?;
     }
     reader.wait_for("events.first partition 0 offset 0: before", SOON)?;
-    create(&kafka, "events.second", 5).await?;
+    create_topic(&kafka, "events.second", 5, &[]).await?;
     send(&kafka, "events.second", 4, b"\xff").await?;
     reader.wait_for("events.second partition 4 offset 0: \u{fffd}", SOON)?;
     reader.terminate()?;
@@ -89,7 +76,7 @@ async fn topic_created_later_is_read_from_its_beginning_and_others_are_not_read(
 #[tokio::test]
 async fn added_partition_is_read_from_its_beginning() -> Result<()> {
     let kafka = shared::kafka(&["kafka_pattern_subscription"])?;
-    create(&kafka, "events.grows", 1).await?;
+    create_topic(&kafka, "events.grows", 1, &[]).await?;
     let mut reader = reader(&kafka)?;
     reader.wait_for("assigned: events.grows[0]", TIMEOUT)?;
     let more = NewPartitions::new("events.grows", 2);
@@ -109,7 +96,7 @@ async fn added_partition_is_read_from_its_beginning() -> Result<()> {
 async fn deleted_topic_leaves_the_subscription_and_is_read_again_when_it_is_back() -> Result<()> {
     let kafka = shared::kafka(&["kafka_pattern_subscription"])?;
     for topic in ["events.goes", "events.stays"] {
-        create(&kafka, topic, 1).await?;
+        create_topic(&kafka, topic, 1, &[]).await?;
         send(&kafka, topic, 0, b"first").await?;
     }
     let mut reader = reader(&kafka)?;
@@ -130,7 +117,7 @@ async fn deleted_topic_leaves_the_subscription_and_is_read_again_when_it_is_back
     send(&kafka, "events.stays", 0, b"second").await?;
     reader.wait_for("events.stays partition 0 offset 1: second", SOON)?;
 
-    create(&kafka, "events.goes", 1).await?;
+    create_topic(&kafka, "events.goes", 1, &[]).await?;
     send(&kafka, "events.goes", 0, b"again").await?;
     reader.wait_for("events.goes partition 0 offset 0: again", SOON)?;
     reader.interrupt()?;

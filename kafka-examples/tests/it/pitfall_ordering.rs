@@ -3,12 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result};
-use compose::harness::{Example, TIMEOUT, kafka_tool};
-use compose::{Broker, Service, User};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
-use rdkafka::{ClientConfig, Message};
+use compose::harness::{Example, TIMEOUT};
+use compose::{Broker, Service};
+use rdkafka::Message;
 
+use crate::administrator::{create_topic, tool};
 use crate::reader::read;
 use crate::shared;
 
@@ -27,23 +26,13 @@ fn run(kafka: &Broker) -> Result<Vec<u32>> {
     Ok(late)
 }
 
-async fn create(kafka: &Broker, partitions: i32) -> Result<()> {
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    let topic = NewTopic::new("pitfall-ordering", partitions, TopicReplication::Fixed(1));
-    let created = admin.create_topics([&topic], &AdminOptions::new()).await?;
-    assert_eq!(created, [Ok("pitfall-ordering".to_owned())]);
-    Ok(())
-}
-
 /// The broker creates the topic with three partitions at the first run. The other topic has more.
 #[tokio::test]
 async fn only_the_key_keeps_the_events_of_a_user_in_order() -> Result<()> {
     for partitions in [3, 7] {
         let kafka = shared::kafka(&["kafka_pitfall_ordering"])?;
         if partitions != 3 {
-            create(&kafka, partitions).await?;
+            create_topic(&kafka, "pitfall-ordering", partitions, &[]).await?;
         }
         for _ in 0..2 {
             let late = run(&kafka)?;
@@ -87,7 +76,7 @@ async fn only_the_key_keeps_the_events_of_a_user_in_order() -> Result<()> {
 #[tokio::test]
 async fn in_a_topic_with_one_partition_everything_is_in_order() -> Result<()> {
     let kafka = shared::kafka(&["kafka_pitfall_ordering"])?;
-    create(&kafka, 1).await?;
+    create_topic(&kafka, "pitfall-ordering", 1, &[]).await?;
     assert_eq!(run(&kafka)?, [0; 6]);
     Ok(())
 }
@@ -96,18 +85,13 @@ async fn in_a_topic_with_one_partition_everything_is_in_order() -> Result<()> {
 #[test]
 fn examples_work_without_the_right_to_create_topics() -> Result<()> {
     let kafka = Broker::secure(Service::Kafka)?;
-    let admin = kafka
-        .secured_env(User::Administrator)?
-        .into_iter()
-        .collect();
     for topic in [
         "pitfall-ordering",
         "pitfall-auto-commit-wrong",
         "pitfall-auto-commit-right",
     ] {
-        let mut tool = kafka_tool(&kafka, "org.apache.kafka.tools.TopicCommand", &admin)?;
-        tool.args(["--create", "--topic", topic, "--partitions", "5"]);
-        assert!(tool.output()?.status.success());
+        let create = ["--create", "--topic", topic, "--partitions", "5"];
+        tool(&kafka, "TopicCommand", &create)?;
     }
     let late = run(&kafka)?;
     assert!(late[..3].iter().all(|late| *late > 0), "{late:?}");

@@ -7,18 +7,16 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{
-    Example, Running, TIMEOUT, chance, http_get, kafka_tool, produce_kafka_record,
-};
-use compose::{Broker, Service, User};
+use compose::harness::{Example, Running, TIMEOUT, chance, http_get, produce_kafka_record};
+use compose::{Broker, Service};
 use futures::future::try_join_all;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
+use crate::administrator::{create_topic, tool};
+use crate::reader::header;
 use crate::{reader, shared};
 
 const NAME: &str = "kafka_production_worker";
@@ -122,24 +120,6 @@ fn dead_letters(kafka: &Broker) -> Result<Vec<OwnedMessage>> {
     reader::read(kafka, DEAD_LETTERS, "read_committed")
 }
 
-fn header(record: &OwnedMessage, name: &str) -> Option<String> {
-    let header = record.headers()?.iter().find(|header| header.key == name)?;
-    Some(String::from_utf8_lossy(header.value?).into_owned())
-}
-
-async fn create(kafka: &Broker, config: &ClientConfig, topics: &[&str], count: i32) -> Result<()> {
-    let admin: AdminClient<DefaultClientContext> = config
-        .clone()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    for topic in topics {
-        let topic = NewTopic::new(topic, count, TopicReplication::Fixed(1));
-        let created = admin.create_topics([&topic], &AdminOptions::new()).await?;
-        ensure!(created[0].is_ok(), "{created:?}");
-    }
-    Ok(())
-}
-
 #[tokio::test]
 async fn an_action_that_fails_for_a_while_loses_nothing_and_dead_letters_nothing() -> Result<()> {
     let kafka = shared::kafka(&[NAME])?;
@@ -167,7 +147,7 @@ async fn a_record_of_the_last_retry_topic_moves_to_its_end_and_keeps_its_origin(
     let kafka = shared::kafka(&[NAME])?;
     let folder = tempfile::tempdir()?;
     let last = TOPICS[3];
-    create(&kafka, &ClientConfig::new(), &[last], 1).await?;
+    create_topic(&kafka, last, 1, &[]).await?;
     let headers = OwnedHeaders::new().insert(Header {
         key: "origin",
         value: Some("worker-orders/1/2"),
@@ -385,7 +365,7 @@ async fn malformed_orders_are_dead_lettered_with_key_headers_origin_and_reason()
 async fn all_partitions_are_read_and_rebalances_between_two_workers_lose_no_order() -> Result<()> {
     const ORDERS: usize = 3000;
     let kafka = shared::kafka(&[NAME])?;
-    create(&kafka, &ClientConfig::new(), &[TOPIC], 7).await?;
+    create_topic(&kafka, TOPIC, 7, &[]).await?;
     let folder = tempfile::tempdir()?;
     let mut first = worker(&kafka, folder.path())?;
     let half = ORDERS as u64 / 2;
@@ -413,17 +393,12 @@ async fn it_works_without_permission_to_create_topics_and_names_a_topic_that_is_
 -> Result<()> {
     let kafka = Broker::secure(Service::Kafka)?;
     let folder = tempfile::tempdir()?;
-    let env = kafka.secured_env(User::Administrator)?;
-    let env = env.into_iter().collect();
-    let tool = |class: &str, args: &[&str]| -> Result<()> {
-        let output = kafka_tool(&kafka, class, &env)?.args(args).output()?;
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        ensure!(output.status.success(), "{said}");
-        Ok(())
-    };
     let create = |topic| {
-        let class = "org.apache.kafka.tools.TopicCommand";
-        tool(class, &["--create", "--topic", topic, "--partitions", "1"])
+        tool(
+            &kafka,
+            "TopicCommand",
+            &["--create", "--topic", topic, "--partitions", "1"],
+        )
     };
     create(TOPIC)?;
     let ended = worker(&kafka, folder.path())?.wait(TIMEOUT)?;
@@ -448,9 +423,9 @@ async fn it_works_without_permission_to_create_topics_and_names_a_topic_that_is_
 
     // The group's permission is missing.
     let deny = ["--deny-principal", "User:ANONYMOUS", "--operation", "Read"];
-    let class = "org.apache.kafka.tools.AclCommand";
     tool(
-        class,
+        &kafka,
+        "AclCommand",
         &[&["--add", "--group", "order-worker"][..], &deny].concat(),
     )?;
     let ended = worker(&kafka, &receipts)?.wait(TIMEOUT)?;

@@ -8,7 +8,7 @@ use compose::Broker;
 use compose::harness::TIMEOUT;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
-use rdkafka::message::OwnedMessage;
+use rdkafka::message::{Headers, Message, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
@@ -86,4 +86,10 @@ pub fn await_markers(kafka: &Broker, topic: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The first header with this name, as text.
+pub fn header(record: &OwnedMessage, name: &str) -> Option<String> {
+    let header = record.headers()?.iter().find(|header| header.key == name)?;
+    Some(String::from_utf8_lossy(header.value?).into_owned())
 }

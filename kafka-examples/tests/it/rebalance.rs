@@ -1,15 +1,13 @@
 //! A handover repeats nothing, a crash repeats no more than the orders since the last commit.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
 use compose::Broker;
 use compose::harness::{Example, Running, TIMEOUT};
-use rdkafka::ClientConfig;
-use rdkafka::producer::{FutureProducer, FutureRecord};
 
+use crate::arriving_orders::with_orders;
 use crate::parallel_consumer::committed;
 use crate::shared;
 
@@ -25,40 +23,6 @@ fn done(member: &mut Running) -> Vec<String> {
     let mut lines = member.lines();
     lines.retain(|line| line.ends_with(": done"));
     lines
-}
-
-/// Sends about 200 orders a second to all partitions until it is stopped, and returns how many.
-fn feed(kafka: &Broker, stop: &AtomicBool) -> Result<usize> {
-    let producer: FutureProducer = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .set("enable.idempotence", "true")
-        .create()?;
-    let mut reports = Vec::new();
-    while !stop.load(Ordering::Relaxed) {
-        let partition = i32::try_from(reports.len() % 3)?;
-        let record = FutureRecord::<str, str>::to(TOPIC)
-            .partition(partition)
-            .payload("order");
-        reports.push(producer.send_result(record).map_err(|(error, _)| error)?);
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let sent = reports.len();
-    for report in reports {
-        futures::executor::block_on(report)?.map_err(|(error, _)| error)?;
-    }
-    Ok(sent)
-}
-
-/// Runs this while orders arrive. Returns how many orders there are.
-fn with_orders(kafka: &Broker, run: impl FnOnce() -> Result<()>) -> Result<usize> {
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let feeder = scope.spawn(|| feed(kafka, &stop));
-        let ran = run();
-        stop.store(true, Ordering::Relaxed);
-        let sent = feeder.join().map_err(|_| anyhow!("the feeder panicked"))?;
-        ran.and(sent)
-    })
 }
 
 fn wait_for_all(before: &[String], member: &mut Running, sent: usize) -> Result<()> {
@@ -92,7 +56,7 @@ fn a_handover_repeats_nothing() -> Result<()> {
     let mut first = example(&kafka)?;
     first.wait_for("assigned: 0 1 2", TIMEOUT)?;
     let mut second = None;
-    let sent = with_orders(&kafka, || {
+    let sent = with_orders(&kafka, TOPIC, || {
         first.wait_for(": done", TIMEOUT)?;
         let second = second.insert(example(&kafka)?);
         // Both have partitions: neither has fenced the other.
@@ -132,7 +96,7 @@ fn a_crash_repeats_at_most_a_hundred_orders() -> Result<()> {
     let kafka = shared::kafka(&["kafka_rebalance"])?;
     let mut first = example(&kafka)?;
     first.wait_for("assigned: 0 1 2", TIMEOUT)?;
-    let sent = with_orders(&kafka, || {
+    let sent = with_orders(&kafka, TOPIC, || {
         // Some commits, and some orders after the last one.
         for _ in 0..250 {
             first.wait_for(": done", TIMEOUT)?;
@@ -158,7 +122,7 @@ fn a_member_that_was_stopped_for_too_long_comes_back() -> Result<()> {
     let mut first = example(&kafka)?;
     first.wait_for("assigned: 0 1 2", TIMEOUT)?;
     let mut second = None;
-    let sent = with_orders(&kafka, || {
+    let sent = with_orders(&kafka, TOPIC, || {
         first.wait_for(": done", TIMEOUT)?;
         first.pause()?;
         // It gets the partitions when the first one has not been heard of for the session timeout, 45 seconds.

@@ -1,14 +1,14 @@
 //! An outage of the broker loses, repeats and reorders nothing. Final errors end the programs with their reason.
 
-use std::collections::HashMap;
 use std::fs;
 
 use anyhow::{Context, Result};
-use compose::harness::{Example, Proxy, Running, TIMEOUT, kafka_tool};
-use compose::{Broker, Service, User};
+use compose::harness::{Example, Proxy, Running, TIMEOUT};
+use compose::{Broker, Service};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message};
 
+use crate::administrator::tool;
 use crate::reader::read;
 
 const PRODUCER: &str = env!("CARGO_BIN_EXE_kafka_reconnect");
@@ -141,16 +141,6 @@ fn the_address_that_fails_is_named() -> Result<()> {
 #[tokio::test]
 async fn missing_rights_end_the_programs_with_the_reason() -> Result<()> {
     let kafka = Broker::secure(Service::Kafka)?;
-    let admin: HashMap<String, String> = kafka
-        .secured_env(User::Administrator)?
-        .into_iter()
-        .collect();
-    let tool = |class: &str, args: &[&str]| -> Result<()> {
-        let output = kafka_tool(&kafka, class, &admin)?.args(args).output()?;
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        anyhow::ensure!(output.status.success(), "{said}");
-        Ok(())
-    };
     let refused = |mut running: Running, reason: &str| -> Result<()> {
         let ended = running.wait(TIMEOUT)?;
         assert_eq!(ended.code(), 1, "{}", ended.stderr);
@@ -162,9 +152,12 @@ async fn missing_rights_end_the_programs_with_the_reason() -> Result<()> {
     refused(start(PRODUCER, &kafka)?, "TopicAuthorizationFailed")?;
     refused(start(CONSUMER, &kafka)?, "TopicAuthorizationFailed")?;
 
-    let topics = "org.apache.kafka.tools.TopicCommand";
     for topic in ["reconnect-ticks", "reconnect-readings"] {
-        tool(topics, &["--create", "--topic", topic, "--partitions", "5"])?;
+        tool(
+            &kafka,
+            "TopicCommand",
+            &["--create", "--topic", topic, "--partitions", "5"],
+        )?;
     }
     let mut ticks = start(PRODUCER, &kafka)?;
     ticks.wait_for("confirmed: tick 3", TIMEOUT)?;
@@ -176,7 +169,8 @@ async fn missing_rights_end_the_programs_with_the_reason() -> Result<()> {
     // The right for the group is taken away while it works.
     let principal = "User:ANONYMOUS";
     tool(
-        "org.apache.kafka.tools.AclCommand",
+        &kafka,
+        "AclCommand",
         &[
             "--remove",
             "--force",

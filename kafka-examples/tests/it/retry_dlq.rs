@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running, TIMEOUT, chance, kafka_tool, produce_kafka_record};
-use compose::{Broker, Service, User};
+use compose::harness::{Example, Running, TIMEOUT, chance, produce_kafka_record};
+use compose::{Broker, Service};
 use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage, Timestamp};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message};
 
+use crate::administrator::tool;
 use crate::{reader, shared};
 
 const NAME: &str = "kafka_retry_dlq";
@@ -238,14 +239,9 @@ async fn a_timestamp_of_a_wrong_clock_delays_nothing_and_a_second_member_can_joi
 #[tokio::test]
 async fn it_works_without_permission_to_create_topics() -> Result<()> {
     let kafka = Broker::secure(Service::Kafka)?;
-    let env = kafka.secured_env(User::Administrator)?;
-    let env = env.into_iter().collect();
-    let class = "org.apache.kafka.tools.TopicCommand";
     let retries = (1..5).map(|number| format!("{PAYMENTS}.retry-{number}"));
     for topic in retries.chain([PAYMENTS.into(), DEAD_LETTERS.into()]) {
-        let mut tool = kafka_tool(&kafka, class, &env)?;
-        let output = tool.args(["--create", "--topic", &topic]).output()?;
-        ensure!(output.status.success(), "{output:?}");
+        tool(&kafka, "TopicCommand", &["--create", "--topic", &topic])?;
     }
     send(&kafka, None, Some(br#"{"fails":1}"#)).await?;
     send(&kafka, None, Some(b"{")).await?;

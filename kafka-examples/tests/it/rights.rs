@@ -1,35 +1,23 @@
 //! Clients without the permission to create topics work with existing topics. Other missing permissions end a program with
 //! the reason.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use compose::harness::{Example, TIMEOUT, kafka_tool};
-use compose::{Broker, Service, User};
+use compose::harness::{Example, TIMEOUT};
+use compose::{Broker, Service};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 
+use crate::administrator::tool;
+
 const EXACTLY_ONCE: &str = env!("CARGO_BIN_EXE_kafka_exactly_once");
 const HEADERS_SCHEMA: &str = env!("CARGO_BIN_EXE_kafka_headers_schema");
 const IDEMPOTENT_CONSUMER: &str = env!("CARGO_BIN_EXE_kafka_idempotent_consumer");
 const REQUEST_REPLY: &str = env!("CARGO_BIN_EXE_kafka_request_reply");
-
-/// Changes what clients without TLS may do.
-fn acl(kafka: &Broker, args: &[&str]) -> Result<()> {
-    let env: HashMap<_, _> = kafka
-        .secured_env(User::Administrator)?
-        .into_iter()
-        .collect();
-    let output = kafka_tool(kafka, "org.apache.kafka.tools.AclCommand", &env)?
-        .args(args)
-        .output()?;
-    ensure!(output.status.success(), "{output:?}");
-    Ok(())
-}
 
 fn example(kafka: &Broker, program: &str, folder: &Path) -> Example {
     Example::new(program).current_dir(folder).broker(kafka)
@@ -56,7 +44,7 @@ async fn existing_topics_are_enough_and_other_missing_permissions_end_the_progra
         "Create",
         "--cluster",
     ];
-    acl(&kafka, &[&["--add"], &create[..]].concat())?;
+    tool(&kafka, "AclCommand", &[&["--add"], &create[..]].concat())?;
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", kafka.address());
     let admin: AdminClient<DefaultClientContext> = config.create()?;
@@ -73,7 +61,11 @@ async fn existing_topics_are_enough_and_other_missing_permissions_end_the_progra
     .map(|name| NewTopic::new(name, 5, TopicReplication::Fixed(1)));
     let created = admin.create_topics(&topics, &AdminOptions::new()).await?;
     ensure!(created.iter().all(Result::is_ok), "{created:?}");
-    acl(&kafka, &[&["--remove", "--force"], &create[..]].concat())?;
+    tool(
+        &kafka,
+        "AclCommand",
+        &[&["--remove", "--force"], &create[..]].concat(),
+    )?;
 
     let producer: FutureProducer = config.create()?;
     let version = OwnedHeaders::new().insert(Header {
@@ -114,7 +106,7 @@ async fn existing_topics_are_enough_and_other_missing_permissions_end_the_progra
 
     let deny = ["--add", "--deny-principal", "User:ANONYMOUS", "--operation"];
     let invoices = ["Write", "--topic", "exactly-once.invoices"];
-    acl(&kafka, &[&deny[..], &invoices].concat())?;
+    tool(&kafka, "AclCommand", &[&deny[..], &invoices].concat())?;
     let record = FutureRecord::<(), _>::to("exactly-once.orders");
     let sent = producer
         .send(record.payload(r#"{"order_id":"b","cents":1}"#), TIMEOUT)
@@ -122,18 +114,24 @@ async fn existing_topics_are_enough_and_other_missing_permissions_end_the_progra
     sent.map_err(|(error, _)| error)?;
     ends_with(&kafka, EXACTLY_ONCE, folder, "Topic authorization failed")?;
 
-    acl(&kafka, &[&deny[..], &["Read", "--group", "*"]].concat())?;
+    tool(
+        &kafka,
+        "AclCommand",
+        &[&deny[..], &["Read", "--group", "*"]].concat(),
+    )?;
     for program in [EXACTLY_ONCE, IDEMPOTENT_CONSUMER, HEADERS_SCHEMA] {
         ends_with(&kafka, program, folder, "GroupAuthorizationFailed")?;
     }
-    acl(
+    tool(
         &kafka,
+        "AclCommand",
         &[&deny[..], &["Write", "--transactional-id", "*"]].concat(),
     )?;
     let reason = "Transactional Id authorization failed";
     ends_with(&kafka, EXACTLY_ONCE, folder, reason)?;
-    acl(
+    tool(
         &kafka,
+        "AclCommand",
         &[&deny[..], &["Write", "--topic", "wait-requests"]].concat(),
     )?;
     let request = example(&kafka, REQUEST_REPLY, folder).args(["1"]);

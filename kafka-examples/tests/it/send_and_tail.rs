@@ -6,11 +6,12 @@ use std::os::unix::ffi::OsStrExt;
 use anyhow::Result;
 use compose::harness::{Example, Finished, TIMEOUT, produce_kafka_record};
 use compose::{Broker, Service};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::message::{Headers, Message};
 use rdkafka::{ClientConfig, TopicPartitionList};
 
+use crate::administrator::create_topic;
 use crate::reader::read;
 use crate::shared;
 
@@ -23,24 +24,6 @@ fn send<A: AsRef<OsStr>>(kafka: &Broker, args: &[A], stdin: &[u8]) -> Result<Fin
 fn tail(kafka: &Broker, args: &[&str]) -> Result<Finished> {
     let reader = Example::new(env!("CARGO_BIN_EXE_kafka_tail"));
     reader.args(args).broker(kafka).spawn()?.wait(TIMEOUT)
-}
-
-async fn create(
-    kafka: &Broker,
-    topic: &str,
-    partitions: i32,
-    settings: &[(&str, &str)],
-) -> Result<()> {
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    let mut topic = NewTopic::new(topic, partitions, TopicReplication::Fixed(1));
-    for (name, value) in settings {
-        topic = topic.set(name, value);
-    }
-    let created = admin.create_topics([&topic], &AdminOptions::new()).await?;
-    assert!(created.iter().all(Result::is_ok), "{created:?}");
-    Ok(())
 }
 
 #[test]
@@ -119,7 +102,7 @@ fn lines_without_a_key_are_refused_and_the_exit_status_says_it() -> Result<()> {
 #[tokio::test]
 async fn a_refusal_is_told_from_an_unknown_result() -> Result<()> {
     let kafka = Broker::private(Service::Kafka)?;
-    create(&kafka, "small", 1, &[("max.message.bytes", "50")]).await?;
+    create_topic(&kafka, "small", 1, &[("max.message.bytes", "50")]).await?;
     let ended = send(&kafka, &["small", &"x".repeat(100)], b"")?;
     assert_eq!(ended.code(), 1);
     assert!(ended.stderr.contains("refused: "), "{}", ended.stderr);
@@ -150,7 +133,7 @@ async fn a_refusal_is_told_from_an_unknown_result() -> Result<()> {
 #[tokio::test]
 async fn each_partition_is_shown_from_the_offset_to_its_end() -> Result<()> {
     let kafka = shared::kafka(&["send_and_tail"])?;
-    create(&kafka, "many", 7, &[]).await?;
+    create_topic(&kafka, "many", 7, &[]).await?;
     for partition in ["0", "3", "6"] {
         send(&kafka, &["-p", partition, "many", "a", "b", "c"], b"")?.ok()?;
     }

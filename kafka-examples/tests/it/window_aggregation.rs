@@ -7,11 +7,10 @@ use anyhow::{Result, ensure};
 use compose::Broker;
 use compose::harness::{Example, Running, TIMEOUT};
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 
+use crate::administrator::create_topic;
 use crate::shared;
 
 const VIEWS: &str = "page-views";
@@ -25,17 +24,6 @@ fn windows(kafka: &Broker) -> Result<Running> {
 
 fn page(page: &str, at: i64) -> Vec<u8> {
     format!(r#"{{"page":"{page}","at_ms":{}}}"#, START + at).into_bytes()
-}
-
-async fn create(kafka: &Broker, partitions: i32) -> Result<()> {
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    let topic = NewTopic::new(VIEWS, partitions, TopicReplication::Fixed(1));
-    let options = AdminOptions::new().operation_timeout(Some(TIMEOUT));
-    let created = admin.create_topics([&topic], &options).await?;
-    ensure!(created.iter().all(Result::is_ok), "{created:?}");
-    Ok(())
 }
 
 async fn send(kafka: &Broker, partition: i32, payloads: &[Option<&[u8]>]) -> Result<()> {
@@ -70,7 +58,7 @@ fn counts(lines: &[String]) -> BTreeMap<String, u32> {
 #[tokio::test]
 async fn the_watermark_closes_windows_and_late_views_correct_them() -> Result<()> {
     let kafka = shared::kafka(&["kafka_window_aggregation"])?;
-    create(&kafka, 1).await?;
+    create_topic(&kafka, VIEWS, 1, &[]).await?;
     let mut running = windows(&kafka)?;
     let views = [
         page("/a", 0),
@@ -113,7 +101,7 @@ async fn the_watermark_closes_windows_and_late_views_correct_them() -> Result<()
 #[tokio::test]
 async fn records_that_are_not_views_are_reported_and_close_no_window() -> Result<()> {
     let kafka = shared::kafka(&["kafka_window_aggregation"])?;
-    create(&kafka, 1).await?;
+    create_topic(&kafka, VIEWS, 1, &[]).await?;
     let mut running = windows(&kafka)?;
     let far = format!(r#"{{"page":"/","at_ms":{}}}"#, i64::MAX);
     let year_3000 = r#"{"page":"/","at_ms":32503680000000}"#;
@@ -142,7 +130,7 @@ async fn records_that_are_not_views_are_reported_and_close_no_window() -> Result
 #[tokio::test]
 async fn all_of_six_partitions_are_read() -> Result<()> {
     let kafka = shared::kafka(&["kafka_window_aggregation"])?;
-    create(&kafka, 6).await?;
+    create_topic(&kafka, VIEWS, 6, &[]).await?;
     for partition in 0..6 {
         let name = format!("/{partition}");
         let views = [page(&name, 0), page(&name, 7_000)];
@@ -214,7 +202,7 @@ async fn a_rebalance_or_a_restart_counts_no_view_twice() -> Result<()> {
 #[tokio::test]
 async fn a_member_with_another_assignor_ends_the_program_with_the_reason() -> Result<()> {
     let kafka = shared::kafka(&["kafka_window_aggregation"])?;
-    create(&kafka, 1).await?;
+    create_topic(&kafka, VIEWS, 1, &[]).await?;
     let other: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .set("group.id", "window-aggregation")

@@ -7,20 +7,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, TIMEOUT, kafka_tool};
+use compose::harness::{Example, TIMEOUT};
 use compose::{Broker, Service, User};
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 
-const DENIED: &str = "TopicAuthorizationFailed";
+use crate::administrator::tool;
 
-fn create(kafka: &Broker, topic: &str, admin: &HashMap<String, String>) -> Result<()> {
-    let output = kafka_tool(kafka, "org.apache.kafka.tools.TopicCommand", admin)?
-        .args(["--create", "--topic", topic, "--partitions", "6"])
-        .output()?;
-    ensure!(output.status.success(), "{output:?}");
-    Ok(())
-}
+const DENIED: &str = "TopicAuthorizationFailed";
 
 /// The answer to one order.
 fn post(kafka: &Broker) -> Result<String> {
@@ -45,7 +39,7 @@ fn post(kafka: &Broker) -> Result<String> {
 #[test]
 fn program_without_permission_works_or_tells_the_reason() -> Result<()> {
     let kafka = Broker::secure(Service::Kafka)?;
-    let admin: HashMap<_, _> = kafka
+    let _admin: HashMap<_, _> = kafka
         .secured_env(User::Administrator)?
         .into_iter()
         .collect();
@@ -93,7 +87,11 @@ fn program_without_permission_works_or_tells_the_reason() -> Result<()> {
             "admin-demo",
             "web-orders",
         ];
-        let created = topics.map(|topic| scope.spawn(|| create(&kafka, topic, &admin)));
+        let created = topics.map(|topic| {
+            let create = ["--create", "--topic", topic, "--partitions", "6"];
+            let kafka = &kafka;
+            scope.spawn(move || tool(kafka, "TopicCommand", &create))
+        });
         created
             .into_iter()
             .try_for_each(|created| created.join().unwrap())
