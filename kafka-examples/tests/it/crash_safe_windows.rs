@@ -13,7 +13,7 @@ use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::administrator::{admin, create_topic, tool};
-use crate::reader::{read, send_large};
+use crate::reader::{await_markers, read, send_large};
 use crate::shared;
 
 const VIEWS: &str = "page-views";
@@ -153,7 +153,9 @@ fn wait_until_done(kafka: &Broker, running: &mut Running) -> Result<()> {
         // A broker that has just started answers with an error.
         let left = left(kafka);
         if matches!(left, Ok(0)) {
-            return Ok(());
+            // The positions can be visible a moment before the results.
+            await_markers(kafka, COUNTS)?;
+            return await_markers(kafka, REJECTED);
         }
         ensure!(
             Instant::now() < deadline && running.try_wait()?.is_none(),

@@ -125,7 +125,9 @@ fn wait_until_done(kafka: &Broker, worker: &mut Running) -> Result<()> {
         // A broker that has just started answers with errors.
         let left = left(&judge);
         if matches!(left, Ok(0)) {
-            return Ok(());
+            // The positions can be visible a moment before the results.
+            await_markers(kafka, INVOICES)?;
+            return await_markers(kafka, DEAD_LETTERS);
         }
         ensure!(
             Instant::now() < deadline && worker.try_wait()?.is_none(),
