@@ -1,8 +1,7 @@
 //! Consume as a Kafka group, with auto commit of finished work only
 //!
 //! The members of a group share the partitions of a topic. One member at a time reads a partition, in order. At least
-//! once: the client commits in the background, every second, but only finished orders. After a crash the group repeats
-//! up to a second of work and loses nothing.
+//! once: every second the client commits finished orders. A crash repeats up to a second of work and loses nothing.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_consumer_group
@@ -12,36 +11,26 @@
 //! 1:
 //! topic group-orders partition [..] offset 0 key order-123: {"order_id":"order-123",[..]}
 //! processed: partition [..] offset 0
-//! committed: partition [..] up to 1
-//! 2$ cargo lab run kafka_consumer_group
-//! assigned: [[..]]
 //! 1^C
-//! ...
-//! left the group
-//! 2^C
-//! ...
 //! ```
 //!
 //! Notice:
-//! - By default the position moves when a record is handed to the program, so a crash can lose it.
+//! - By default the client commits an order when the program receives it, and a crash can lose the order.
 //! - When a member joins or leaves, all partitions are revoked and assigned again: see kafka_rebalance.
-//! - An added partition is found after `topic.metadata.refresh.interval.ms`: see kafka_pattern_subscription.
 //! - The work cannot fail here: see kafka_manual_commit.
 //!
-//! Try: run four of them: one stays idle. Stop one with `kill -9`: after ten seconds another repeats its last orders.
-//!
-//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_async_producer, kafka_graceful_shutdown.
+//! Try: start four members: one gets no partition. Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG.
 
-use std::io::{Write, stderr, stdout};
-use std::pin::pin;
+use std::io::{Write, stdout};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
+use futures::{FutureExt, StreamExt, future};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext, Rebalance, StreamConsumer};
-use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode::*};
 use rdkafka::message::BorrowedMessage;
-use rdkafka::{ClientConfig, ClientContext, Message, Offset, TopicPartitionList};
+use rdkafka::{ClientConfig, ClientContext, Message};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
@@ -52,129 +41,80 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
     let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter);
-    log.with_writer(std::io::stderr).init();
+    log.with_writer(std::io::stderr).init(); // the client logs why it reconnects
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let consumer: StreamConsumer<Printer> = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
         .set("group.id", GROUP)
-        // Where to start if the group has no position yet. The default, latest, skips the records already there.
-        .set("auto.offset.reset", "earliest")
-        .set("enable.auto.commit", "true")
+        .set("auto.offset.reset", "earliest") // the default, `latest`, skips records
         .set("auto.commit.interval.ms", "1000")
         // Auto commit commits the stored offsets. The program stores them itself.
         .set("enable.auto.offset.store", "false")
-        // A crashed member keeps its partitions for this long. The default is 45 seconds.
-        .set("session.timeout.ms", "10000")
+        .set("session.timeout.ms", "10000") // a crashed member keeps its partitions for this long
         .set("allow.auto.create.topics", "true")
         .create_with_context(Printer)?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
-    consumer
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .context(hint)?;
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    consumer.fetch_metadata(Some(TOPIC), TIMEOUT).context(tip)?;
     consumer.subscribe(&[TOPIC])?;
 
     let worked = work(&consumer).await;
-    // Leave the group, so that another member takes over at once. With the broker down, the close can hang
-    // (librdkafka issue 3740): wait no longer than TIMEOUT.
-    let (done, closed) = oneshot::channel();
-    thread::spawn(move || {
-        drop(consumer);
-        done.send(())
-    });
+    // Commits and leaves the group. With the broker down, this can hang (librdkafka issue 3740).
+    let (open, closed) = oneshot::channel::<()>();
+    thread::spawn(move || drop((consumer, open)));
     let closed = timeout(TIMEOUT, closed).await;
     worked?;
-    closed.context("closed without leaving the group: no broker answers")??;
-    println!("left the group");
-    Ok(())
+    closed.map(drop).context("cannot close: no broker answers")
 }
 
-/// The pattern: work on one order after another, and store the offset only after the work.
+/// The pattern: work on one order after another, and store the offset only after the work. Ends with Ctrl-C or SIGTERM.
 async fn work(consumer: &StreamConsumer<Printer>) -> anyhow::Result<()> {
-    let mut stop = pin!(shutdown());
-    loop {
-        // `stop` is polled first, so that its handlers are installed before any work starts. It never interrupts an order.
-        let received = tokio::select! {
-            biased;
-            signal = &mut stop => return Ok(signal?),
-            received = consumer.recv() => received,
-        };
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let stop = future::select(interrupt.recv().boxed(), terminate.recv().boxed());
+    let mut orders = consumer.stream().take_until(stop);
+    while let Some(received) = orders.next().await {
         match received {
-            Ok(message) => {
-                process(&message).await;
-                match consumer.store_offset_from_message(&message) {
-                    // The partition was lost during the work: its new owner repeats this order.
-                    Err(KafkaError::StoreOffset(RDKafkaErrorCode::State)) => {
-                        eprintln!("not committed: partition {} is lost", message.partition());
-                    }
-                    stored => stored?,
-                }
+            Ok(order) => {
+                process(&order).await;
+                // Fails when the partition was lost: its new owner repeats the order.
+                let _ = consumer.store_offset_from_message(&order);
             }
             Err(error) if is_temporary(&error) => eprintln!("waiting: {error}"),
             Err(error) => return Err(error.into()),
         }
     }
+    Ok(())
 }
 
-/// Work of 100 ms. Keys and payloads can be any bytes.
-async fn process(message: &BorrowedMessage<'_>) {
-    let (topic, partition, offset) = (message.topic(), message.partition(), message.offset());
-    let key = String::from_utf8_lossy(message.key().unwrap_or_default());
-    let text = String::from_utf8_lossy(message.payload().unwrap_or_default());
+/// The work. Keys and payloads can be any bytes.
+async fn process(order: &BorrowedMessage<'_>) {
+    let (topic, partition, offset) = (order.topic(), order.partition(), order.offset());
+    let key = String::from_utf8_lossy(order.key().unwrap_or_default());
+    let text = String::from_utf8_lossy(order.payload().unwrap_or_default());
     println!("topic {topic} partition {partition} offset {offset} key {key}: {text}");
     sleep(Duration::from_millis(100)).await;
     println!("processed: partition {partition} offset {offset}");
 }
 
-/// Prints the group's decisions. The callbacks are called from `recv`, so never during the work. They write without
-/// `println!`, which panics on a closed pipe.
+/// Prints the partitions of this member. `println!` would panic on a closed pipe, and a callback must not panic.
 struct Printer;
 
 impl ClientContext for Printer {}
 
 impl ConsumerContext for Printer {
     fn pre_rebalance(&self, _: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
-        let _ = match rebalance {
-            Rebalance::Assign(list) => writeln!(stdout(), "assigned: {:?}", partitions(list)),
-            Rebalance::Revoke(list) => writeln!(stdout(), "revoked: {:?}", partitions(list)),
-            Rebalance::Error(error) => writeln!(stderr(), "rebalance failed: {error}"),
-        };
-    }
-
-    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
-        if let Err(error) = result {
-            let _ = writeln!(stderr(), "commit failed, orders may be repeated: {error}");
-            return;
-        }
-        for entry in offsets.elements() {
-            if let (partition, Offset::Offset(next)) = (entry.partition(), entry.offset()) {
-                let _ = writeln!(stdout(), "committed: partition {partition} up to {next}");
-            }
+        if let Rebalance::Assign(list) = rebalance {
+            let partitions: Vec<_> = list.elements().iter().map(|at| at.partition()).collect();
+            let _ = writeln!(stdout(), "assigned: {partitions:?}");
         }
     }
 }
 
-fn partitions(list: &TopicPartitionList) -> Vec<i32> {
-    let entries = list.elements();
-    entries.iter().map(|entry| entry.partition()).collect()
-}
-
-/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
+/// The client recovers from these errors by itself. Others, such as a missing permission, are final.
 fn is_temporary(error: &KafkaError) -> bool {
-    use RDKafkaErrorCode::*;
-    matches!(
-        error.rdkafka_error_code(),
-        Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | UnknownTopicOrPartition)
-    )
-}
-
-/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
-async fn shutdown() -> std::io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        interrupt = tokio::signal::ctrl_c() => interrupt,
-        _ = terminate.recv() => Ok(()),
-    }
+    let code = error.rdkafka_error_code();
+    matches!(code, Some(AllBrokersDown | Resolve | OperationTimedOut))
+        || matches!(code, Some(BrokerTransportFailure | UnknownTopicOrPartition))
 }

@@ -106,7 +106,6 @@ async fn sigkill_loses_no_order_and_repeats_only_uncommitted_ones() -> Result<()
     for _ in 0..10 {
         first.wait_for("processed: ", TIMEOUT)?;
     }
-    first.wait_for("committed: ", TIMEOUT)?;
     // Late in the work on an order, so that most commits have happened during the work on one.
     for _ in 0..25 {
         first.wait_for("topic group-orders", TIMEOUT)?;
@@ -185,7 +184,6 @@ async fn ctrl_c_and_sigterm_commit_exactly_the_processed_orders() -> Result<()> 
         member.wait_for("topic group-orders", TIMEOUT)?;
         stop(&mut member)?;
         let ended = member.wait(TIMEOUT)?.ok()?;
-        assert!(ended.stdout.ends_with("left the group\n"));
         let begun = ended.stdout.matches("topic group-orders").count();
         let done = processed(&member.lines());
         assert!(done.len() >= 16 && done.len() == begun, "{}", ended.stdout);
@@ -210,7 +208,6 @@ async fn members_share_partitions_and_join_and_leave_without_repeats() -> Result
     first.wait_for("topic group-orders", TIMEOUT)?;
     // Joins while the first member works on an order.
     let mut second = member(&kafka)?;
-    first.wait_for("revoked: [0, 1, 2]", TIMEOUT)?;
     let kept = partitions(first.wait_for("assigned: ", TIMEOUT)?)?;
     let moved = partitions(second.wait_for("assigned: ", TIMEOUT)?)?;
     assert!(!kept.is_empty() && !moved.is_empty());
@@ -257,7 +254,6 @@ async fn member_that_lost_its_partitions_during_the_work_continues() -> Result<(
     let mut second = only_member(&kafka)?;
     second.wait_for("processed: ", TIMEOUT)?;
     first.resume()?;
-    first.wait_for("revoked: [0, 1, 2]", TIMEOUT)?;
     first.wait_for("assigned: [", TIMEOUT)?;
     let deadline = Instant::now() + TIMEOUT;
     while committed(&kafka, 3)?.values().any(|next| *next < 10) {
@@ -306,13 +302,9 @@ async fn stop_without_a_broker_reports_that_orders_will_be_repeated() -> Result<
     member.wait_for("processed: ", TIMEOUT)?;
     member.interrupt()?;
     let ended = member.wait(Duration::from_secs(30))?;
-    let said = ["orders may be repeated", "closed without leaving the group"];
-    assert!(
-        said.iter().any(|said| ended.stderr.contains(said)),
-        "{}{}",
-        ended.stdout,
-        ended.stderr
-    );
+    assert_eq!(ended.code(), 1, "{}", ended.stderr);
+    let said = "cannot close: no broker answers";
+    assert!(ended.stderr.contains(said), "{}", ended.stderr);
     Ok(())
 }
 
@@ -338,7 +330,6 @@ async fn group_with_another_strategy_ends_the_member_with_the_reason() -> Result
     assert!(stderr.contains("Error: "), "{stderr}");
     assert!(stderr.contains("InconsistentGroupProtocol"), "{stderr}");
     assert!(!stderr.contains("waiting"), "{stderr}");
-    assert!(!ended.stdout.contains("left the group"), "{}", ended.stdout);
     Ok(())
 }
 
@@ -348,9 +339,8 @@ async fn missing_group_permission_ends_the_member_with_the_reason() -> Result<()
     let kafka = Broker::secure(Service::Kafka)?;
     let create = &["--create", "--topic", TOPIC, "--partitions", "3"];
     tool(&kafka, "TopicCommand", create)?;
-    let mut member = only_member(&kafka)?;
+    let member = only_member(&kafka)?;
     produce(&kafka, 3, 1).await?;
-    member.wait_for("committed: ", TIMEOUT)?;
     let refused = |mut member: Running| -> Result<()> {
         let ended = member.wait(TIMEOUT)?;
         let stderr = &ended.stderr;
