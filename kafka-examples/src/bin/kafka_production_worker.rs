@@ -1,8 +1,8 @@
 //! A worker to start a service from: typed messages, retries, dead letters, metrics, a clean end
 //!
-//! Write your message type and your action below the line "yours from here". At least once: a record is committed after
-//! `handle` said `Done`, or after a copy of it is in a retry topic (`Retry`) or in the dead-letter topic (`Dead`).
-//! A retry never gives up, and holds up no other order. A crash repeats the last second, a rebalance the orders in work.
+//! Write your message type and your action below the line "yours from here". At least once: a record is committed when
+//! `handle` returned `Done`, or when a copy of it is in a retry topic (`Retry`) or in the dead-letter topic (`Dead`). The
+//! number of retries has no limit. Other orders overtake an order that waits for its retry.
 //!
 //! ```console
 //! $ cargo lab run kafka_send worker-orders '{"order_id":1,"amount_cents":500}' '{"order_id":"two"}'
@@ -12,10 +12,13 @@
 //! worker-orders.retry-1s/[..]: retry No such file or directory (os error 2)
 //! ...
 //! ^C
-//! left the groups
 //! ```
 //!
-//! Settings: KAFKA_BROKERS (localhost:9092), METRICS_PORT (none), RUST_LOG. See also: kafka_retry_dlq, kafka_lag_monitor.
+//! Notice:
+//! - A crash repeats the orders of the last second and those that were being handled. A rebalance repeats the latter.
+//! - 16 orders are handled at the same time. If one hangs, the orders after these 16 wait. After a minute it is retried.
+//!
+//! Settings: KAFKA_BROKERS (localhost:9092), METRICS_PORT (none), RECEIPTS (.), RUST_LOG. See also: kafka_retry_dlq.
 
 use std::time::{Duration, Instant};
 
@@ -25,7 +28,7 @@ use futures::{FutureExt, StreamExt, TryStreamExt, future};
 use metrics::{counter, gauge, histogram};
 use metrics_exporter_prometheus::PrometheusBuilder;
 use rdkafka::consumer::{Consumer, StreamConsumer};
-use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode::*};
 use rdkafka::message::{BorrowedMessage as Record, Header, Timestamp};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message};
@@ -33,7 +36,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{sleep, timeout};
 use tracing::{Instrument, info_span};
 
-/// How long a record waits in the topic with this suffix. `Retry` moves it to the next, and from the last to its end.
+/// A record waits this long in the topic with this suffix. `Retry` moves it to the next topic, or from the last topic to
+/// the end of the same topic.
 const DELAYS_MS: [u64; 4] = [0, 1000, 10_000, 60_000];
 const SUFFIXES: [&str; 4] = ["", ".retry-1s", ".retry-10s", ".retry-60s"];
 const CONCURRENCY: usize = 16;
@@ -42,38 +46,44 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 enum Outcome {
     Done,
-    /// The world is at fault, for example a server that is down. `Dead`: the message is, and no attempt can succeed.
+    /// Something outside failed, for example a server is down.
     Retry(String),
+    /// The message itself is wrong, so no attempt can succeed.
     Dead(String),
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
+fn main() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    let ended = runtime.block_on(run());
+    runtime.shutdown_background(); // does not wait for a blocking call in `handle` that hangs
+    ended
+}
+
+async fn run() -> anyhow::Result<()> {
     let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter);
-    log.with_writer(std::io::stderr).init();
+    log.with_writer(std::io::stderr).init(); // the client logs why it reconnects
     if let Ok(port) = std::env::var("METRICS_PORT") {
         let port: u16 = port.parse().context("METRICS_PORT is a port")?;
         let exporter = PrometheusBuilder::new().with_http_listener(([127, 0, 0, 1], port));
         exporter.set_buckets(&[0.01, 0.1, 1.0, 10.0])?.install()?;
     }
     let workers = workers()?;
-    let worked = future::try_join_all(workers.iter().map(Worker::run)).await;
-    // Commit and leave the groups. With the broker down, the close can hang (librdkafka issue 3740).
-    let (done, closed) = tokio::sync::oneshot::channel();
-    std::thread::spawn(move || {
-        drop(workers);
-        done.send(())
-    });
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let stop = future::select(interrupt.recv().boxed(), terminate.recv().boxed());
+    let stop = stop.map(drop).shared();
+    let running = workers.iter().map(|worker| worker.run(stop.clone()));
+    let worked = future::try_join_all(running).await;
+    // Commits and leaves the groups. With the broker down, this can hang (librdkafka issue 3740).
+    let (open, closed) = tokio::sync::oneshot::channel::<()>();
+    std::thread::spawn(move || drop((workers, open)));
     let closed = timeout(TIMEOUT, closed).await;
     worked?;
-    closed.context("closed without leaving the groups: no broker answers")??;
-    println!("left the groups");
-    std::process::exit(0) // Also while a blocking call in `handle` hangs, which the runtime would wait for.
+    closed.map(drop).context("cannot close: no broker answers")
 }
 
-/// Reads one of the topics, in a group of its own: a record that waits holds up no rebalance of another topic.
+/// Reads one of the topics, in its own group, so that a record that waits does not delay a rebalance of another topic.
 struct Worker {
     stage: usize,
     consumer: StreamConsumer,
@@ -81,10 +91,9 @@ struct Worker {
 }
 
 impl Worker {
-    /// The pattern: handles CONCURRENCY records at once, but stores their offsets in order, so that the committed position
-    /// never passes a record that is not done. After Ctrl-C or SIGTERM it finishes these records, for TIMEOUT at most.
-    async fn run(&self) -> KafkaResult<()> {
-        let stop = shutdown().map(drop).shared();
+    /// The pattern: handles CONCURRENCY records at the same time, and stores their offsets in order, so that the committed
+    /// position never passes a record that is not done. After Ctrl-C or SIGTERM it has TIMEOUT to finish these records.
+    async fn run(&self, stop: impl Future<Output = ()> + Clone) -> KafkaResult<()> {
         let late = stop.clone().then(|()| sleep(TIMEOUT));
         let records = self.consumer.stream();
         records
@@ -95,7 +104,7 @@ impl Worker {
             .map_ok(|record| self.work(record))
             .try_buffered(CONCURRENCY)
             .take_until(late)
-            // It fails when the partition was lost: its next owner repeats the record.
+            // This fails when the partition was lost. Then its new owner repeats the record.
             .map_ok(|record| self.consumer.store_offset_from_message(&record).ok())
             .try_for_each(|_| future::ready(Ok(())))
             .await
@@ -117,7 +126,7 @@ impl Worker {
     async fn work<'a>(&self, record: Record<'a>) -> KafkaResult<Record<'a>> {
         let (topic, partition, offset) = (record.topic(), record.partition(), record.offset());
         let place = format!("{topic}/{partition}/{offset}");
-        let next = SUFFIXES[SUFFIXES.len().min(self.stage + 2) - 1];
+        let next = SUFFIXES[(self.stage + 1).min(SUFFIXES.len() - 1)];
         let (outcome, to, reason) = match attempt(record.payload(), &place).await {
             Done => ("done", None, String::new()),
             Retry(reason) => ("retry", Some(next), reason),
@@ -131,22 +140,23 @@ impl Worker {
         Ok(record)
     }
 
-    /// Writes a copy to another topic, however long the broker is down. An error is a refusal.
+    /// Writes a copy to another topic, and waits for the broker without a limit. An error means that it refused the copy.
     async fn copy(&self, record: &Record<'_>, place: &str, to: &str, why: &str) -> KafkaResult<()> {
         let topic = format!("{TOPIC}{to}");
-        let origin = (self.stage == 0).then(|| ("origin", place.to_owned()));
-        let reason = (to == ".dlq").then(|| ("reason", why.chars().take(200).collect()));
         let mut headers = record.headers().map(|all| all.detach()).unwrap_or_default();
-        for (key, value) in origin.iter().chain(&reason) {
-            let value = Some(value);
-            headers = headers.insert(Header { key, value });
+        if to == ".dlq" {
+            let why: String = why.chars().take(200).collect();
+            for (key, value) in [("origin", place), ("reason", &why)] {
+                let value = Some(value);
+                headers = headers.insert(Header { key, value });
+            }
         }
         let mut copy = FutureRecord::<[u8], [u8]>::to(&topic).headers(headers.clone());
         (copy.key, copy.payload) = (record.key(), record.payload());
         let mut sent = self.producer.send(copy, TIMEOUT).await;
-        let too_large = KafkaError::MessageProduction(RDKafkaErrorCode::MessageSizeTooLarge);
+        let too_large = KafkaError::MessageProduction(MessageSizeTooLarge);
         if to == ".dlq" && sent.as_ref().is_err_and(|(error, _)| *error == too_large) {
-            // The headers have made it too large. `origin` says where key and payload are.
+            // With the new headers it is too large. `origin` says where the key and the payload are.
             let copy = FutureRecord::<[u8], [u8]>::to(&topic).headers(headers);
             sent = self.producer.send(copy, TIMEOUT).await;
         }
@@ -155,7 +165,7 @@ impl Worker {
     }
 }
 
-/// Calls `handle`, in a task of its own: a panic does not end the worker.
+/// Calls `handle` in its own task, so that a panic does not end the worker.
 async fn attempt(payload: Option<&[u8]>, place: &str) -> Outcome {
     let handling = match serde_json::from_slice(payload.unwrap_or_default()).map(handle) {
         Ok(handling) => timeout(HANDLE_LIMIT, handling).instrument(info_span!("handle", place)),
@@ -179,7 +189,7 @@ fn workers() -> anyhow::Result<Vec<Worker>> {
     let producer: FutureProducer = config
         .clone()
         .set("message.timeout.ms", "0")
-        // The client checks the size before it compresses, the broker afterwards.
+        // The client checks the size before compression, the broker after it.
         .set("compression.type", "zstd")
         .set("message.max.bytes", "1000000000")
         .create()?;
@@ -188,7 +198,7 @@ fn workers() -> anyhow::Result<Vec<Worker>> {
         .set("allow.auto.create.topics", "true")
         .set("enable.auto.offset.store", "false")
         .set("auto.commit.interval.ms", "1000")
-        // Longer than the longest delay, and than a broker is down while a copy waits for it.
+        // Must be longer than the longest delay and the longest outage while a copy waits.
         .set("max.poll.interval.ms", "3600000");
     let workers = SUFFIXES.iter().enumerate().map(|(stage, suffix)| {
         let (topic, producer) = (format!("{TOPIC}{suffix}"), producer.clone());
@@ -206,22 +216,12 @@ fn workers() -> anyhow::Result<Vec<Worker>> {
     workers.collect()
 }
 
-/// The client reconnects by itself after these errors. Others (authorization, group protocol) end the worker.
+/// The client recovers from these errors by itself. Others, such as a missing permission, are final.
 fn is_temporary(error: &KafkaError) -> bool {
-    use RDKafkaErrorCode::*;
-    matches!(
-        error.rdkafka_error_code(),
-        Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | UnknownTopicOrPartition)
-    )
-}
-
-/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
-async fn shutdown() -> std::io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        interrupt = tokio::signal::ctrl_c() => interrupt,
-        _ = terminate.recv() => Ok(()),
-    }
+    let code = error.rdkafka_error_code();
+    matches!(code, Some(AllBrokersDown | Resolve | OperationTimedOut))
+        || matches!(code, Some(BrokerTransportFailure | UnknownTopicOrPartition))
+        || matches!(code, Some(PollExceeded))
 }
 
 // ---- yours from here ----
@@ -234,7 +234,7 @@ struct Order {
     amount_cents: u64,
 }
 
-/// It can be called twice with the same order.
+/// Can be called twice with the same order.
 async fn handle(order: Order) -> Outcome {
     if order.amount_cents == 0 {
         return Dead("nothing to pay".into());
