@@ -1,7 +1,7 @@
 //! Reconnect: what a consumer does by itself while the broker is down, and which errors are final
 //!
 //! Receives readings while the broker is killed and restarted. The client reconnects by itself, joins its group again and
-//! continues where it was. During the outage `recv` returns errors. They are no reason to end: call it again.
+//! continues after its last commit. During the outage it returns errors: the program prints the first and receives again.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_send -p 0 reconnect-readings before
@@ -19,25 +19,24 @@
 //! ...
 //! partition 0 offset 1: after
 //! 2^C
-//! left the group
 //! ```
 //!
 //! Notice:
-//! - Only the errors in `is_temporary` heal by waiting. Missing rights or a fenced member end the program.
-//! - The client logs the address that it cannot reach. A program that installs no logger does not show it.
-//! - After an outage a reading can be received again, because its commit is lost.
+//! - The program waits after the errors in `is_temporary`. Other errors, such as a missing permission, end it.
+//! - The client logs the address that it cannot reach. Without a logger, the program does not show this log.
+//! - After an outage a reading can be received again, because its commit was lost.
 //!
-//! Try: `cargo lab pause kafka`: the connection stays, but nothing answers.
-//!
-//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_reconnect, kafka_failover, kafka_graceful_shutdown.
+//! Try: `cargo lab pause kafka`: the connection stays, but the broker does not answer. Settings: KAFKA_BROKERS
+//! (localhost:9092), RUST_LOG. See also: kafka_reconnect, kafka_failover, kafka_graceful_shutdown.
 
-use std::pin::pin;
+use std::mem::replace;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
+use futures::{FutureExt, StreamExt, future};
 use rdkafka::consumer::{Consumer, StreamConsumer};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode::*};
 use rdkafka::{ClientConfig, Message};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
@@ -49,10 +48,9 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
     let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter);
-    log.with_writer(std::io::stderr).init();
+    log.with_writer(std::io::stderr).init(); // the client logs why it reconnects
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let consumer: StreamConsumer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
@@ -64,80 +62,51 @@ async fn main() -> anyhow::Result<()> {
         // Without an answer for this long, a connection counts as lost. The default is a minute.
         .set("socket.timeout.ms", "10000")
         .create()?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
-    consumer
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .context(hint)?;
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    consumer.fetch_metadata(Some(TOPIC), TIMEOUT).context(tip)?;
     consumer.subscribe(&[TOPIC])?;
 
-    let received = receive(&consumer).await;
-    // Leave the group, so that another member takes over at once. With the broker down, the close can hang
-    // (librdkafka issue 3740): wait no longer than TIMEOUT.
-    let (done, closed) = oneshot::channel();
-    thread::spawn(move || {
-        drop(consumer);
-        done.send(())
-    });
+    let worked = receive(&consumer).await;
+    // Commits and leaves the group. With the broker down, this can hang (librdkafka issue 3740).
+    let (open, closed) = oneshot::channel::<()>();
+    thread::spawn(move || drop((consumer, open)));
     let closed = timeout(TIMEOUT, closed).await;
-    received?;
-    closed.context("closed without leaving the group: no broker answers")??;
-    println!("left the group");
-    Ok(())
+    worked?;
+    closed.map(drop).context("cannot close: no broker answers")
 }
 
-/// The pattern: calls `recv` again after each temporary error. Ends with Ctrl-C, SIGTERM, or a final error.
+/// The pattern: receive again after each temporary error. Ends with Ctrl-C, SIGTERM or a final error.
 async fn receive(consumer: &StreamConsumer) -> anyhow::Result<()> {
-    let mut stop = pin!(shutdown());
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let stop = future::select(interrupt.recv().boxed(), terminate.recv().boxed());
+    let mut readings = consumer.stream().take_until(stop);
     let mut connected = true;
-    loop {
-        let received = tokio::select! {
-            biased;
-            signal = &mut stop => return Ok(signal?),
-            received = consumer.recv() => received,
-        };
+    while let Some(received) = readings.next().await {
         match received {
             Ok(reading) => {
-                if !std::mem::replace(&mut connected, true) {
+                if !replace(&mut connected, true) {
                     println!("connected again");
                 }
-                println!(
-                    "partition {} offset {}: {}",
-                    reading.partition(),
-                    reading.offset(),
-                    String::from_utf8_lossy(reading.payload().unwrap_or_default())
-                );
+                let (partition, offset) = (reading.partition(), reading.offset());
+                let text = String::from_utf8_lossy(reading.payload().unwrap_or_default());
+                println!("partition {partition} offset {offset}: {text}");
             }
-            // An outage brings several errors in a second. The first says enough.
+            // During an outage the client returns several errors per second. Print only the first.
             Err(error) if is_temporary(&error) => {
-                if std::mem::replace(&mut connected, false) {
+                if replace(&mut connected, false) {
                     println!("waiting for the broker: {error}");
                 }
             }
             Err(error) => return Err(error.into()),
         }
     }
+    Ok(())
 }
 
-/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
+/// The client recovers from these errors by itself. Others, such as a missing permission, are final.
 fn is_temporary(error: &KafkaError) -> bool {
-    use RDKafkaErrorCode::*;
-    matches!(
-        error.rdkafka_error_code(),
-        Some(
-            AllBrokersDown
-                | BrokerTransportFailure
-                | OperationTimedOut
-                | Resolve
-                | UnknownTopicOrPartition
-        )
-    )
-}
-
-/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
-async fn shutdown() -> std::io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        interrupt = tokio::signal::ctrl_c() => interrupt,
-        _ = terminate.recv() => Ok(()),
-    }
+    let code = error.rdkafka_error_code();
+    matches!(code, Some(AllBrokersDown | Resolve | OperationTimedOut))
+        || matches!(code, Some(BrokerTransportFailure | UnknownTopicOrPartition))
 }
