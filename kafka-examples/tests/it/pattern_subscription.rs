@@ -69,7 +69,6 @@ async fn topic_created_later_is_read_from_its_beginning_and_others_are_not_read(
     reader.terminate()?;
     let said = reader.wait(TIMEOUT)?.ok()?.stdout;
     assert!(!said.contains("other"), "{said}");
-    assert!(said.ends_with("left the group\n"), "{said}");
     Ok(())
 }
 
@@ -78,7 +77,7 @@ async fn added_partition_is_read_from_its_beginning() -> Result<()> {
     let kafka = shared::kafka(&["kafka_pattern_subscription"])?;
     create_topic(&kafka, "events.grows", 1, &[]).await?;
     let mut reader = reader(&kafka)?;
-    reader.wait_for("assigned: events.grows[0]", TIMEOUT)?;
+    reader.wait_for("assigned: events.grows/0", TIMEOUT)?;
     let more = NewPartitions::new("events.grows", 2);
     let extended = admin(&kafka)?
         .create_partitions([&more], &AdminOptions::new())
@@ -112,7 +111,7 @@ async fn deleted_topic_leaves_the_subscription_and_is_read_again_when_it_is_back
         .map(|one| one.map_err(|(_, code)| code))
         .collect();
     assert_eq!(code, [Ok("events.goes".to_owned())]);
-    let line = "assigned: events.stays[0]";
+    let line = "assigned: events.stays/0";
     reader.wait_for_line(|said| said == line, line, SOON)?;
     send(&kafka, "events.stays", 0, b"second").await?;
     reader.wait_for("events.stays partition 0 offset 1: second", SOON)?;
