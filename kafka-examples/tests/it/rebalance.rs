@@ -54,7 +54,7 @@ fn said(member: &mut Running) -> Vec<String> {
 fn a_handover_repeats_nothing() -> Result<()> {
     let kafka = shared::kafka(&["kafka_rebalance"])?;
     let mut first = example(&kafka)?;
-    first.wait_for("assigned: 0 1 2", TIMEOUT)?;
+    first.wait_for("assigned: [0, 1, 2]", TIMEOUT)?;
     let mut second = None;
     let sent = with_orders(&kafka, TOPIC, || {
         first.wait_for(": done", TIMEOUT)?;
@@ -66,7 +66,7 @@ fn a_handover_repeats_nothing() -> Result<()> {
         }
         first.terminate()?;
         first.wait(TIMEOUT)?.ok()?;
-        second.wait_for("assigned: 0 1 2", TIMEOUT)?;
+        second.wait_for("assigned: [0, 1, 2]", TIMEOUT)?;
         second.wait_for(": done", TIMEOUT)?;
         Ok(())
     })?;
@@ -79,7 +79,7 @@ fn a_handover_repeats_nothing() -> Result<()> {
         first
             .lines()
             .iter()
-            .any(|line| line.starts_with("revoked: 0 1 2")),
+            .any(|line| line.starts_with("revoked: [0, 1, 2]")),
         "{:?}",
         said(&mut first)
     );
@@ -95,7 +95,7 @@ fn a_handover_repeats_nothing() -> Result<()> {
 fn a_crash_repeats_at_most_a_hundred_orders() -> Result<()> {
     let kafka = shared::kafka(&["kafka_rebalance"])?;
     let mut first = example(&kafka)?;
-    first.wait_for("assigned: 0 1 2", TIMEOUT)?;
+    first.wait_for("assigned: [0, 1, 2]", TIMEOUT)?;
     let sent = with_orders(&kafka, TOPIC, || {
         // Some commits, and some orders after the last one.
         for _ in 0..250 {
@@ -120,17 +120,17 @@ fn a_crash_repeats_at_most_a_hundred_orders() -> Result<()> {
 fn a_member_that_was_stopped_for_too_long_comes_back() -> Result<()> {
     let kafka = shared::kafka(&["kafka_rebalance"])?;
     let mut first = example(&kafka)?;
-    first.wait_for("assigned: 0 1 2", TIMEOUT)?;
+    first.wait_for("assigned: [0, 1, 2]", TIMEOUT)?;
     let mut second = None;
     let sent = with_orders(&kafka, TOPIC, || {
         first.wait_for(": done", TIMEOUT)?;
         first.pause()?;
         // It gets the partitions when the first one has not been heard of for the session timeout, 45 seconds.
         let second = second.insert(example(&kafka)?);
-        second.wait_for("assigned: 0 1 2", 3 * TIMEOUT)?;
+        second.wait_for("assigned: [0, 1, 2]", 3 * TIMEOUT)?;
         second.wait_for(": done", TIMEOUT)?;
         first.resume()?;
-        first.wait_for("lost: 0 1 2", TIMEOUT)?;
+        first.wait_for("lost to others: [0, 1, 2]", TIMEOUT)?;
         first.wait_for("assigned: ", TIMEOUT)?;
         first.wait_for(": done", TIMEOUT)?;
         Ok(())
