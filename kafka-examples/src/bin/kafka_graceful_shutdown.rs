@@ -1,8 +1,8 @@
-//! Stop a Kafka consumer: finish the task in hand, commit it, leave the group
+//! Stop a Kafka consumer: finish the current task, commit it, leave the group
 //!
-//! After Ctrl-C or SIGTERM it receives no more tasks. It finishes its task, commits, and leaves the group. So no task is
-//! repeated or lost, and another member takes over at once, and not after `session.timeout.ms`. Each step has a time limit.
-//! The exit status is 1 if a step failed.
+//! After Ctrl-C or SIGTERM it receives no more tasks. It finishes its task, commits, and leaves the group. So after a clean
+//! stop no finished task is repeated, and another member takes over immediately, without waiting for `session.timeout.ms`.
+//! Each step has a time limit. The exit status is 1 if a step failed.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_send -p 0 shutdown-tasks 3
@@ -10,22 +10,20 @@
 //! 2$ cargo lab run kafka_graceful_shutdown
 //! offset 0: 3 seconds of work
 //! 2^C
-//! finishing one task; a second Ctrl-C gives it up
+//! finishing one task; press Ctrl-C again to abandon it
 //! offset 0: done
 //! committed
 //! left the group
 //! ```
 //!
 //! Notice:
-//! - The limits add up to 25 seconds. Kubernetes sends SIGKILL 30 seconds after SIGTERM, Docker after 10.
-//! - A task that is given up is not committed: another member repeats it. So its effects must be idempotent.
-//! - With the broker down, commit and close can hang (librdkafka issue 3740). So a thread of its own does both. The
-//!   program ends without it. With `spawn_blocking`, the runtime would wait for it.
-//! - Records that the client has fetched but not handed out are not committed.
+//! - The limits add up to 25 seconds. Kubernetes sends SIGKILL after 30 seconds, Docker after 10: use `docker stop -t 30`.
+//! - An abandoned task is not committed: it is repeated, so its effects must be idempotent.
+//! - With the broker down, commit and close can hang (librdkafka issue 3740). So a separate thread does both. Do not use
+//!   `spawn_blocking`: the runtime would wait for it.
 //!
-//! Try: send 60 and press Ctrl-C twice. Stop the broker during the work, and press Ctrl-C.
-//!
-//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_consumer_group, kafka_idempotent_consumer.
+//! Try: send 60 and press Ctrl-C twice. Stop the broker during the work, and press Ctrl-C. Settings: KAFKA_BROKERS
+//! (localhost:9092), RUST_LOG. See also: kafka_consumer_group, kafka_idempotent_consumer.
 
 use std::pin::pin;
 use std::thread;
@@ -33,7 +31,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rdkafka::consumer::{CommitMode, Consumer, StreamConsumer};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode::*};
 use rdkafka::message::BorrowedMessage;
 use rdkafka::{ClientConfig, Message};
 use tokio::signal::unix::{SignalKind, signal};
@@ -42,145 +40,116 @@ use tokio::time::{sleep, timeout};
 
 const TOPIC: &str = "shutdown-tasks";
 const GROUP: &str = "shutdown-workers";
-/// For the task in hand.
+/// The limit for the current task.
 const FINISH: Duration = Duration::from_secs(15);
-/// For the last commit, and again for the close.
+/// The limit for the last commit and the close.
+const LEAVE: Duration = Duration::from_secs(10);
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
     let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter);
-    log.with_writer(std::io::stderr).init();
+    log.with_writer(std::io::stderr).init(); // the client logs why it reconnects
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let consumer: StreamConsumer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
         .set("group.id", GROUP)
         .set("auto.offset.reset", "earliest")
-        // Commits in the background, but only what the program has stored after the work.
-        .set("enable.auto.commit", "true")
-        .set("enable.auto.offset.store", "false")
+        .set("enable.auto.offset.store", "false") // see kafka_consumer_group
         .set("allow.auto.create.topics", "true")
         .create()?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
-    consumer
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .context(hint)?;
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    consumer.fetch_metadata(Some(TOPIC), TIMEOUT).context(tip)?;
     consumer.subscribe(&[TOPIC])?;
 
     let worked = work(&consumer).await;
-    // After an error, too.
-    let left = leave(consumer).await;
-    worked?;
-    left
+    worked.and(leave(consumer).await) // leaves the group after an error, too
 }
 
-/// The pattern, part one: a signal stops the receiving at once, and the task in hand is finished.
+/// The pattern, part one: after a signal, receive no more tasks and finish the current one.
 async fn work(consumer: &StreamConsumer) -> anyhow::Result<()> {
-    let mut stop = pin!(shutdown());
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut stop = async || {
+        tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+    };
     loop {
-        // `stop` is polled first, so that its handlers are installed before any work starts.
         let received = tokio::select! {
             biased;
-            signal = &mut stop => return Ok(signal?),
+            () = stop() => return Ok(()),
             received = consumer.recv() => received,
         };
-        let task = match received {
-            Ok(task) => task,
-            Err(error) if is_temporary(&error) => {
-                eprintln!("waiting: {error}");
-                continue;
+        match received {
+            Ok(task) => {
+                let mut working = pin!(process(&task));
+                tokio::select! {
+                    () = &mut working => store(consumer, &task),
+                    () = stop() => {
+                        finish(working, stop()).await?;
+                        store(consumer, &task);
+                        return Ok(());
+                    }
+                }
             }
+            Err(error) if is_temporary(&error) => eprintln!("waiting: {error}"),
             Err(error) => return Err(error.into()),
-        };
-        let mut working = pin!(process(&task));
-        tokio::select! {
-            () = &mut working => store(consumer, &task)?,
-            signal = &mut stop => {
-                signal?;
-                finish(working).await?;
-                return store(consumer, &task);
-            }
         }
-    }
-}
-
-/// The next commit includes this task.
-fn store(consumer: &StreamConsumer, task: &BorrowedMessage<'_>) -> anyhow::Result<()> {
-    match consumer.store_offset_from_message(task) {
-        Err(KafkaError::StoreOffset(RDKafkaErrorCode::State)) => {
-            // The new owner of the partition repeats the task.
-            eprintln!("not committed: partition {} is lost", task.partition());
-            Ok(())
-        }
-        stored => Ok(stored?),
     }
 }
 
 /// Waits for the task, but no longer than FINISH, and only until a second signal.
-async fn finish(task: impl Future<Output = ()>) -> anyhow::Result<()> {
-    println!("finishing one task; a second Ctrl-C gives it up");
+async fn finish(task: impl Future, signal: impl Future) -> anyhow::Result<()> {
+    println!("finishing one task; press Ctrl-C again to abandon it");
     tokio::select! {
-        () = task => Ok(()),
-        () = sleep(FINISH) => bail!("gave up the task after {FINISH:?}: it will be repeated"),
-        signal = shutdown() => {
-            signal?;
-            bail!("gave up the task: it will be repeated")
-        }
+        _ = task => Ok(()),
+        _ = signal => bail!("abandoned the task: it will be repeated"),
+        () = sleep(FINISH) => bail!("abandoned the task after {FINISH:?}: it will be repeated"),
+    }
+}
+
+/// The next commit includes this task.
+fn store(consumer: &StreamConsumer, task: &BorrowedMessage<'_>) {
+    if let Err(error) = consumer.store_offset_from_message(task) {
+        eprintln!("not committed, the new owner of the partition repeats the task: {error}");
     }
 }
 
 /// The pattern, part two: commit, and close the consumer, which leaves the group.
 async fn leave(consumer: StreamConsumer) -> anyhow::Result<()> {
-    let (commit_done, committed) = oneshot::channel();
-    let (close_done, closed) = oneshot::channel();
+    let (left, answer) = oneshot::channel();
     thread::spawn(move || {
-        let _ = commit_done.send(consumer.commit_consumer_state(CommitMode::Sync));
-        // The close does not report whether a broker heard it.
+        let committed = consumer.commit_consumer_state(CommitMode::Sync);
+        // The close reports no error. So ask whether a broker answers.
         let answered = consumer.fetch_metadata(None, TIMEOUT).map(drop);
         drop(consumer);
-        close_done.send(answered)
+        let _ = left.send((committed, answered));
     });
-    let committed = timeout(TIMEOUT, committed).await;
-    let closed = timeout(TIMEOUT, closed).await;
-    match committed.context("not committed, the last tasks will be repeated: no answer")?? {
+    let reason = "no broker answers: the last tasks may be repeated";
+    let (committed, answered) = timeout(LEAVE, answer).await.context(reason)??;
+    match committed {
         // No offset: everything was committed already.
-        Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
-        Err(error) => bail!("not committed, the last tasks will be repeated: {error}"),
+        Ok(()) | Err(KafkaError::ConsumerCommit(NoOffset)) => println!("committed"),
+        Err(error) => bail!("not committed, the last tasks may be repeated: {error}"),
     }
-    println!("committed");
-    let closed = closed
-        .context("the close hangs")
-        .and_then(|answered| Ok(answered??));
-    closed.context("closed without leaving the group: no broker answers")?;
+    answered.context("no broker answers: the group was perhaps not left")?;
     println!("left the group");
     Ok(())
 }
 
-/// The work: its payload is a number of seconds.
+/// The work. The payload is its duration in seconds; any other payload takes one second.
 async fn process(task: &BorrowedMessage<'_>) {
-    let payload = std::str::from_utf8(task.payload().unwrap_or_default()).unwrap_or_default();
+    let payload = String::from_utf8_lossy(task.payload().unwrap_or_default());
     let seconds = payload.parse().unwrap_or(1);
     println!("offset {}: {seconds} seconds of work", task.offset());
     sleep(Duration::from_secs(seconds)).await;
     println!("offset {}: done", task.offset());
 }
 
-/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
+/// The client recovers from these errors by itself. Others, such as a missing permission, are final.
 fn is_temporary(error: &KafkaError) -> bool {
-    use RDKafkaErrorCode::*;
-    matches!(
-        error.rdkafka_error_code(),
-        Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | UnknownTopicOrPartition)
-    )
-}
-
-/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
-async fn shutdown() -> std::io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        interrupt = tokio::signal::ctrl_c() => interrupt,
-        _ = terminate.recv() => Ok(()),
-    }
+    let code = error.rdkafka_error_code();
+    matches!(code, Some(AllBrokersDown | Resolve | OperationTimedOut))
+        || matches!(code, Some(BrokerTransportFailure | UnknownTopicOrPartition))
+        || matches!(code, Some(PollExceeded)) // it joins the group again
 }
