@@ -1,8 +1,8 @@
-//! Work on many records at once, in order per key, and commit only what is done without a gap
+//! Process many records at the same time, in order per key, and commit only up to the first that is not done
 //!
-//! At least once. Records with the same key are worked on one after another, other records at the same time. They finish
-//! out of order, and a commit is a position: all before it is done. So the position is the lowest offset that is
-//! not done. A crash or a rebalance loses nothing; it repeats records from there on.
+//! Records with the same key are processed one after another, other records at the same time. They finish out of order. A
+//! commit says that all earlier records are done, so the program commits the lowest offset that is not done. At least once:
+//! a crash, a stop or a rebalance repeats the records from there on, and loses nothing.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_send -K : parallel-orders ann:order-0 ben:order-1 ann:order-2
@@ -12,28 +12,25 @@
 //! partition [..] offset [..]: ann order-2 done
 //! ...
 //! 2^C
-//! left the group
 //! ```
 //!
 //! Notice:
-//! - To commit each record when it is done is the usual mistake: the commit of offset 9 says that 5 is done, too.
-//! - `IN_FLIGHT` bounds the memory and the records that are repeated. When it is reached, one slow key stops all others.
-//! - A rebalance repeats the records in work: kafka_parallel_rebalance finishes them first.
+//! - The usual mistake is to commit each record when it is done: a commit of offset 9 also commits 5.
+//! - `IN_FLIGHT` limits the memory and the repeated records. At this limit, one slow key stops all other keys.
 //! - Every record counts as done: kafka_manual_commit dead-letters an order that fails.
 //!
-//! Try: send the lines of a large file, `kill -9` the consumer in the middle, and start it again.
-//!
-//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_pitfall_ordering, kafka_pitfall_auto_commit.
+//! Try: send the lines of a large file, `kill -9` the consumer, and start it again. Settings: KAFKA_BROKERS
+//! (localhost:9092), RUST_LOG. See also: kafka_parallel_rebalance, which finishes its records before it gives them up.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
-use std::pin::pin;
+use std::hash::{BuildHasher, RandomState};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
+use futures::{FutureExt, future};
 use rdkafka::consumer::{Consumer, StreamConsumer};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode::*};
 use rdkafka::message::OwnedMessage;
 use rdkafka::{ClientConfig, Message};
 use tokio::signal::unix::{SignalKind, signal};
@@ -45,59 +42,51 @@ const TOPIC: &str = "parallel-orders";
 const GROUP: &str = "parallel-orders";
 /// Records that are received and not done.
 const IN_FLIGHT: usize = 64;
-/// Keys share these, so that a key sometimes waits for another one.
+/// Several keys share a slot, so a key sometimes waits for another key.
 const SLOTS: usize = 16;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
     let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter);
-    log.with_writer(std::io::stderr).init();
+    log.with_writer(std::io::stderr).init(); // the client logs why it reconnects
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let consumer: StreamConsumer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
         .set("group.id", GROUP)
         .set("auto.offset.reset", "earliest")
         .set("allow.auto.create.topics", "true")
-        // A member that was killed is noticed after ten seconds. The default is 45.
-        .set("session.timeout.ms", "10000")
-        // Commits the stored offsets every second, before a rebalance, and when the consumer is closed.
+        .set("session.timeout.ms", "10000") // a crashed member keeps its partitions for this long
         .set("auto.commit.interval.ms", "1000")
-        // The default stores an offset when its record is received.
-        .set("enable.auto.offset.store", "false")
+        .set("enable.auto.offset.store", "false") // see kafka_consumer_group
         .create()?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
-    consumer
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .context(hint)?;
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    consumer.fetch_metadata(Some(TOPIC), TIMEOUT).context(tip)?;
     consumer.subscribe(&[TOPIC])?;
 
     let worked = work(&consumer).await;
-    // Leave the group, so that another member takes over at once. With the broker down, the close can hang
-    // (librdkafka issue 3740): wait no longer than TIMEOUT.
-    let (done, closed) = oneshot::channel();
-    thread::spawn(move || {
-        drop(consumer);
-        done.send(())
-    });
+    // Commits and leaves the group. With the broker down, this can hang (librdkafka issue 3740).
+    let (open, closed) = oneshot::channel::<()>();
+    thread::spawn(move || drop((consumer, open)));
     let closed = timeout(TIMEOUT, closed).await;
     worked?;
-    closed.context("closed without leaving the group: no broker answers")??;
-    println!("left the group");
-    Ok(())
+    closed.map(drop).context("cannot close: no broker answers")
 }
 
-/// Works on up to IN_FLIGHT records at once, until Ctrl-C or SIGTERM. Then it finishes them, within TIMEOUT.
+/// Processes up to IN_FLIGHT records at the same time. Ends with Ctrl-C or SIGTERM.
 async fn work(consumer: &StreamConsumer) -> anyhow::Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut stop = future::select(interrupt.recv().boxed(), terminate.recv().boxed());
     let (mut tasks, mut offsets) = (JoinSet::new(), Offsets::default());
     let mut turns: [Option<oneshot::Receiver<()>>; SLOTS] = Default::default();
-    let mut stop = pin!(shutdown());
+    let hasher = RandomState::new();
+    let slot = |key: &[u8]| hasher.hash_one(key) as usize % SLOTS;
     loop {
         tokio::select! {
             biased;
-            signal = &mut stop => break signal?,
+            _ = &mut stop => return Ok(()),
             Some(done) = tasks.join_next() => store(consumer, &mut offsets, done?),
             received = consumer.recv(), if tasks.len() < IN_FLIGHT => match received {
                 Ok(order) => {
@@ -112,14 +101,6 @@ async fn work(consumer: &StreamConsumer) -> anyhow::Result<()> {
             },
         }
     }
-    let finish = async {
-        while let Some(done) = tasks.join_next().await {
-            store(consumer, &mut offsets, done?);
-        }
-        anyhow::Ok(())
-    };
-    let finished = timeout(TIMEOUT, finish).await;
-    finished.context("some records are still in work; they are repeated")?
 }
 
 /// The pattern: for each partition, the offsets that are received and not done, and the next offset to receive.
@@ -133,28 +114,25 @@ impl Offsets {
         *next = offset + 1;
     }
 
-    /// Returns the lowest offset that is not done, unless a record before this one is not done.
+    /// Returns the new position, or `None` if an earlier record is not done.
     fn done(&mut self, partition: i32, offset: i64) -> Option<i64> {
         let (pending, next) = self.0.get_mut(&partition)?;
         let was_first = pending.first() == Some(&offset);
         pending.remove(&offset);
-        // After a rebalance, `next` can be lower than offsets that are still in work from before it.
+        // After a rebalance, `next` can be lower than old offsets that are still being processed.
         was_first.then(|| pending.first().map_or(*next, |first| *first.min(next)))
     }
 }
 
 /// Stores the position of the partition for the next commit.
 fn store(consumer: &StreamConsumer, offsets: &mut Offsets, (partition, offset): (i32, i64)) {
-    if let Some(next) = offsets.done(partition, offset)
-        // The client adds 1: it wants the offset of the last record that is done.
-        && let Err(error) = consumer.store_offset(TOPIC, partition, next - 1)
-    {
-        // The partition was revoked.
-        eprintln!("partition {partition} offset {offset} will be repeated: {error}");
+    if let Some(next) = offsets.done(partition, offset) {
+        // It adds 1, so give it the last offset that is done. Fails when the partition was lost.
+        let _ = consumer.store_offset(TOPIC, partition, next - 1);
     }
 }
 
-/// Works on a record when the record before it in its slot is done.
+/// Processes a record when the record before it in its slot is done.
 async fn in_turn(
     turn: Option<oneshot::Receiver<()>>,
     order: OwnedMessage,
@@ -176,24 +154,10 @@ async fn process(order: &OwnedMessage) {
     println!("partition {partition} offset {offset}: {key} {text} done");
 }
 
-fn slot(key: &[u8]) -> usize {
-    BuildHasherDefault::<DefaultHasher>::default().hash_one(key) as usize % SLOTS
-}
-
-/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
+/// The client recovers from these errors by itself. Others, such as a missing permission, are final.
 fn is_temporary(error: &KafkaError) -> bool {
-    use RDKafkaErrorCode::*;
-    matches!(
-        error.rdkafka_error_code(),
-        Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | UnknownTopicOrPartition)
-    )
-}
-
-/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
-async fn shutdown() -> std::io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        interrupt = tokio::signal::ctrl_c() => interrupt,
-        _ = terminate.recv() => Ok(()),
-    }
+    let code = error.rdkafka_error_code();
+    matches!(code, Some(AllBrokersDown | Resolve | OperationTimedOut))
+        || matches!(code, Some(BrokerTransportFailure | UnknownTopicOrPartition))
+        || matches!(code, Some(PollExceeded)) // it joins the group again
 }

@@ -252,11 +252,11 @@ async fn sigterm_is_heard_while_one_key_is_busy() -> Result<()> {
     member.wait(TIMEOUT)?.ok()?;
     let done = done(&mut member)?;
     assert!(done.len() < ORDERS, "the signal was not heard");
-    // What was in work is done and committed.
-    assert_eq!(
-        committed(&kafka, TOPIC)?[&0],
-        i64::try_from(done.len())?,
-        "{done:?}"
+    // All is committed but the records that were being processed.
+    let committed = usize::try_from(committed(&kafka, TOPIC)?[&0])?;
+    assert!(
+        (1..=done.len()).contains(&committed) && done.len() - committed < 64,
+        "{committed} of {done:?}"
     );
     Ok(())
 }
