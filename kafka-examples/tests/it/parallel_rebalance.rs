@@ -43,7 +43,7 @@ fn until_clean(scenario: impl Fn(&Broker) -> Result<bool>) -> Result<()> {
 
 fn is_clean(said: &[String]) -> bool {
     let unclean = |line: &&String| {
-        line.starts_with("lost") || line.starts_with("not committed") || is_repeated(line)
+        line.contains("lost: true") || line.starts_with("not committed") || is_repeated(line)
     };
     let found = said.iter().find(unclean);
     found
@@ -53,7 +53,16 @@ fn is_clean(said: &[String]) -> bool {
 
 /// A record was not done in time.
 fn is_repeated(line: &str) -> bool {
-    line.starts_with("revoked: ") && !line.ends_with("repeated: 0")
+    line.starts_with("revoked: ") && !line.ends_with("not done: 0")
+}
+
+/// Whether records were done while a rebalance waited for them.
+fn waited(member: &mut Running) -> bool {
+    let mut waits = false;
+    member.lines().iter().any(|line| {
+        waits = line.starts_with("finishing: ") || waits && !line.starts_with("revoked: ");
+        waits && line.ends_with(" done")
+    })
 }
 
 /// Sends until it is stopped, more than the members can do. A quarter is of one busy user, whose orders wait, and orders
@@ -156,12 +165,53 @@ fn handover(kafka: &Broker) -> Result<bool> {
         .windows(2)
         .any(|at| at[0].0 == at[1].0 && at[0].1 > at[1].1);
     assert!(overtaken, "no record overtook another");
-    let waited = |line: &String| line.starts_with("revoked: ") && !line.contains("in work: 0");
-    let proves = said.iter().any(waited);
+    let proves = waited(&mut first) || waited(&mut second);
     if !proves {
         println!("no record was in work, so nothing could be repeated: {said:#?}");
     }
     Ok(proves)
+}
+
+/// An order takes longer than the limit of ten seconds, so its partition moves before it is done.
+#[tokio::test]
+async fn an_order_that_takes_too_long_does_not_stop_a_rebalance_and_is_repeated() -> Result<()> {
+    let kafka = shared::kafka(&["kafka_parallel_rebalance"])?;
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    // Each partition has a slow order, and after it one that shows that the slow one was received.
+    for payload in ["25000", "1"] {
+        for partition in 0..3 {
+            let record = FutureRecord::<(), str>::to(TOPIC).partition(partition);
+            let sent = producer.send(record.payload(payload), TIMEOUT).await;
+            sent.map_err(|(error, _)| error)?;
+        }
+    }
+    let mut first = example(&kafka)?;
+    for _ in 0..3 {
+        first.wait_for(" 1 done", TIMEOUT)?;
+    }
+    let mut second = example(&kafka)?;
+    let revoked = first.wait_for("revoked: ", TIMEOUT)?;
+    assert_eq!(revoked, "revoked: [0, 1, 2], lost: false, not done: 3");
+
+    let slow = |all: &Done| all.iter().filter(|at| at.1 == 0).count();
+    assert_eq!(slow(&done(&mut first)?), 0, "the rebalance waited");
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let (before, after) = (done(&mut first)?, done(&mut second)?);
+        if distinct([&before, &after]) == 6 && slow(&before) >= 3 && slow(&after) > 0 {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "{before:?} {after:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    for mut member in [first, second] {
+        member.terminate()?;
+        member.wait(TIMEOUT)?.ok()?;
+    }
+    assert_eq!(committed(&kafka, TOPIC)?.values().sum::<i64>(), 6);
+    Ok(())
 }
 
 #[tokio::test]
