@@ -1,8 +1,7 @@
 //! Metrics: what a consumer tells Prometheus about its work and its lag
 //!
-//! It counts the orders and the failures, measures the time per order, and reports the lag of its partitions. The
-//! names are those of the OpenTelemetry conventions (1.43.0) and of the usual lag exporters. An order that takes longer
-//! than a second is logged.
+//! It counts orders and failures, measures the time per order, and reports the lag of its partitions. The names follow the
+//! OpenTelemetry conventions (1.43.0) and the usual lag exporters. An order of more than a second is logged.
 //!
 //! ```console
 //! 1$ METRICS_PORT=0 cargo lab run kafka_metrics
@@ -13,29 +12,25 @@
 //! offset 0: 20 ms of work done
 //! offset 1: failed: invalid digit found in string
 //! 1^C
-//! left the group
 //! ```
 //!
 //! Notice:
-//! - `messaging_process_duration_seconds_count` counts orders; those that failed have the label `error_type`.
-//! - A partition that another member has taken over counts as 0 here: the sum over all members is the lag.
+//! - A partition that moved to another member has lag 0 here. The lag of the group is the sum over all members.
 //! - A program that is down reports nothing while its lag grows: kafka_lag_monitor asks the broker.
-//! - A failed order is skipped: kafka_retry_dlq keeps it.
 //!
-//! Try: `curl` the address. Send 1500. Start two members, stop one, and compare their lag.
-//!
-//! Settings: KAFKA_BROKERS (localhost:9092), METRICS_PORT (9464; 0 takes a free port), RUST_LOG. See also: kafka_tracing.
+//! Try: `curl` the address. Send 1500. Start two members and compare their lag. Settings: KAFKA_BROKERS (localhost:9092),
+//! METRICS_PORT (9464; 0 takes a free port), RUST_LOG. See also: kafka_tracing.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::pin::pin;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use metrics::{Unit, counter, describe_histogram, gauge, histogram};
+use anyhow::Context;
+use futures::{FutureExt, StreamExt, future};
+use metrics::{counter, gauge, histogram};
 use metrics_exporter_prometheus::PrometheusBuilder;
 use rdkafka::consumer::{CommitMode, Consumer, ConsumerContext, StreamConsumer};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode::*};
 use rdkafka::{ClientConfig, ClientContext, Message, Statistics};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
@@ -48,10 +43,9 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
     let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter);
-    log.with_writer(std::io::stderr).init();
+    log.with_writer(std::io::stderr).init(); // the client logs why it reconnects
     let port = std::env::var("METRICS_PORT").unwrap_or_else(|_| "9464".into());
     let port = port.parse().context("METRICS_PORT is not a port")?;
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
@@ -61,44 +55,33 @@ async fn main() -> anyhow::Result<()> {
         .set("enable.auto.commit", "false")
         .set("auto.offset.reset", "earliest")
         .set("allow.auto.create.topics", "true")
-        // How often the client calls `stats`.
-        .set("statistics.interval.ms", "1000")
+        .set("statistics.interval.ms", "1000") // how often the client calls `stats`
         .create_with_context(Lag)?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
-    consumer
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .context(hint)?;
-    let address = serve_metrics(port).with_context(|| {
-        format!("cannot serve metrics at port {port}; METRICS_PORT chooses another port")
-    })?;
-    println!("metrics: http://{address}/metrics");
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    consumer.fetch_metadata(Some(TOPIC), TIMEOUT).context(tip)?;
+    let tip = format!("cannot serve metrics at port {port}; METRICS_PORT chooses another port");
+    println!(
+        "metrics: http://{}/metrics",
+        serve_metrics(port).context(tip)?
+    );
     consumer.subscribe(&[TOPIC])?;
 
     let worked = work(&consumer).await;
-    // Leave the group, so that another member takes over at once. With the broker down, the close can hang
-    // (librdkafka issue 3740): wait no longer than TIMEOUT.
-    let (done, closed) = oneshot::channel();
-    thread::spawn(move || {
-        drop(consumer);
-        done.send(())
-    });
+    // Commits and leaves the group. With the broker down, this can hang (librdkafka issue 3740).
+    let (open, closed) = oneshot::channel::<()>();
+    thread::spawn(move || drop((consumer, open)));
     let closed = timeout(TIMEOUT, closed).await;
     worked?;
-    closed.context("closed without leaving the group: no broker answers")??;
-    println!("left the group");
-    Ok(())
+    closed.map(drop).context("cannot close: no broker answers")
 }
 
-/// Works on one order after another, until Ctrl-C or SIGTERM.
+/// Works on one order after another. Ends with Ctrl-C or SIGTERM.
 async fn work(consumer: &StreamConsumer<Lag>) -> anyhow::Result<()> {
-    let mut stop = pin!(shutdown());
-    loop {
-        // `stop` is polled first, so that its handlers are installed before any work starts. It never interrupts an order.
-        let received = tokio::select! {
-            biased;
-            signal = &mut stop => return Ok(signal?),
-            received = consumer.recv() => received,
-        };
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let stop = future::select(interrupt.recv().boxed(), terminate.recv().boxed());
+    let mut orders = consumer.stream().take_until(stop);
+    while let Some(received) = orders.next().await {
         match received {
             Ok(order) => {
                 let outcome = measured(order.payload()).await;
@@ -109,37 +92,37 @@ async fn work(consumer: &StreamConsumer<Lag>) -> anyhow::Result<()> {
             Err(error) => return Err(error.into()),
         }
     }
+    Ok(())
 }
 
 /// The pattern: counts an order when it arrives, and measures it when it is done, with the kind of its failure.
 async fn measured(payload: Option<&[u8]>) -> String {
     // Few values per label: each combination is a time series. So no order id and no error text.
     let mut labels = vec![
-        ("messaging.system", "kafka"),
-        ("messaging.operation.name", "process"),
-        ("messaging.destination.name", TOPIC),
-        ("messaging.consumer.group.name", GROUP),
+        ("messaging_system", "kafka"),
+        ("messaging_operation_name", "process"),
+        ("messaging_destination_name", TOPIC),
+        ("messaging_consumer_group_name", GROUP),
     ];
-    counter!("messaging.client.consumed.messages", &labels).increment(1);
+    counter!("messaging_client_consumed_messages_total", &labels).increment(1);
     let begin = Instant::now();
     let result = process(payload).await;
     let took = begin.elapsed();
     if result.is_err() {
-        labels.push(("error.type", "invalid_order"));
+        labels.push(("error_type", "invalid_order"));
     }
-    histogram!("messaging.process.duration", &labels).record(took);
+    histogram!("messaging_process_duration_seconds", &labels).record(took);
     if took > SLOW {
         tracing::error!("an order took {took:?}, more than {SLOW:?}");
     }
     result.unwrap_or_else(|error| format!("failed: {error}"))
 }
 
-/// The work. Simulated: an order says how many milliseconds it takes.
+/// The work. The payload is its duration in milliseconds. A failed order is skipped: kafka_retry_dlq keeps it.
 async fn process(payload: Option<&[u8]>) -> anyhow::Result<String> {
-    let work = std::str::from_utf8(payload.unwrap_or_default())?.parse()?;
-    ensure!(work <= 10_000, "{work} ms is too long");
-    sleep(Duration::from_millis(work)).await;
-    Ok(format!("{work} ms of work done"))
+    let millis: u16 = std::str::from_utf8(payload.unwrap_or_default())?.parse()?;
+    sleep(Duration::from_millis(millis.into())).await;
+    Ok(format!("{millis} ms of work done"))
 }
 
 /// Reports the lag that the client knows of.
@@ -151,11 +134,9 @@ impl ClientContext for Lag {
     fn stats(&self, statistics: Statistics) {
         for (name, topic) in statistics.topics {
             for (partition, state) in topic.partitions {
-                if partition < 0 {
-                    continue; // Not a partition: the client keeps records there whose partition is unknown.
-                }
                 let lag = match state.fetch_state.as_str() {
-                    // The client remembers the lag of a partition that it has lost.
+                    _ if partition < 0 => continue, // -1 holds records without a partition
+                    // The client still reports the old lag of a lost partition.
                     "none" | "stopping" | "stopped" => 0,
                     _ if state.consumer_lag >= 0 => state.consumer_lag,
                     // Nothing is committed yet: all records are unread.
@@ -173,40 +154,20 @@ impl ClientContext for Lag {
     }
 }
 
-/// Serves on this machine only: metrics tell much, and need no login.
+/// Serves on this machine only: metrics contain internal details, and no login protects them.
 fn serve_metrics(port: u16) -> anyhow::Result<SocketAddr> {
-    // With port 0 the exporter does not tell its port, so one is chosen here.
+    // The exporter does not report the port that it chose, so choose it here.
     let address = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?.local_addr()?;
     PrometheusBuilder::new()
         .with_http_listener(address)
-        // `messaging.process.duration` becomes `messaging_process_duration_seconds`.
-        .with_recommended_naming(true)
-        .set_buckets(&[
-            0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-        ])?
+        .set_buckets(&[0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0])?
         .install()?;
-    describe_histogram!(
-        "messaging.process.duration",
-        Unit::Seconds,
-        "Time per order"
-    );
     Ok(address)
 }
 
-/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
+/// The client recovers from these errors by itself. Others, such as a missing permission, are final.
 fn is_temporary(error: &KafkaError) -> bool {
-    use RDKafkaErrorCode::*;
-    matches!(
-        error.rdkafka_error_code(),
-        Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | UnknownTopicOrPartition)
-    )
-}
-
-/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
-async fn shutdown() -> std::io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        interrupt = tokio::signal::ctrl_c() => interrupt,
-        _ = terminate.recv() => Ok(()),
-    }
+    let code = error.rdkafka_error_code();
+    matches!(code, Some(AllBrokersDown | Resolve | OperationTimedOut))
+        || matches!(code, Some(BrokerTransportFailure | UnknownTopicOrPartition))
 }
