@@ -1,178 +1,120 @@
 //! Tune a consumer: each setting with its reason, and what happens when work takes too long
 //!
-//! A member shows that its process is alive by heartbeats, which a thread of the client sends. It shows that it makes
-//! progress by asking for the next record within `max.poll.interval.ms`. If it does not, it is out of the group, another
-//! member gets the partition and repeats the work: at least once. The program learns it when it asks again.
+//! A thread of the client sends heartbeats: they show that the process is alive. The program must also ask for the next
+//! record within `max.poll.interval.ms`. If it does not, the client leaves the group, and another member repeats the work:
+//! at least once. The program gets an error when it asks again, and joins the group again.
 //!
 //! ```console
-//! 1$ MAX_POLL_INTERVAL_MS=6000 cargo lab run kafka_tuned_consumer
-//! 2$ cargo lab run kafka_send -p 0 tuned-jobs 10 9000
+//! 1$ MAX_POLL_INTERVAL_MS=10000 cargo lab run kafka_tuned_consumer
+//! 2$ cargo lab run kafka_send -p 0 tuned-jobs 10 13000
 //! ...
 //! 1:
-//! partition 0 offset 0: done, 10 ms of work
-//! partition 0 offset 1: done too late: another member repeats it
-//! out of the group: [..]PollExceeded[..]
-//! partition 0 offset 1: done too late: another member repeats it
+//! offset 0: 10 ms of work done
+//! offset 1: done too late, another member repeats it
+//! waiting: [..]PollExceeded[..]
 //! 1^C
-//! ...
-//! left the group
 //! ```
 //!
 //! Notice:
-//! - Here the consumer is alone, gets its own job back, and never gets past it. Only the warnings of the client tell.
+//! - With one member, the same job is repeated forever. The client also logs a warning (MAXPOLL).
 //! - For longer work: pause the partition and poll while a task works, or write the job to a database and commit.
-//! - Settings that are not here have good defaults. Remove a setting that you cannot explain.
 //!
-//! Try: start a second member without MAX_POLL_INTERVAL_MS: it does the job of 9000 ms, and keeps it.
-//!
-//! Settings: KAFKA_BROKERS (localhost:9092), MAX_POLL_INTERVAL_MS (300000; at least 6000), RUST_LOG.
-//! See also: kafka_consumer_group, kafka_parallel_consumer.
+//! Try: start a second member without MAX_POLL_INTERVAL_MS: it finishes the job. Settings: KAFKA_BROKERS (localhost:9092),
+//! MAX_POLL_INTERVAL_MS (300000; at least 10000), RUST_LOG. See also: kafka_consumer_group, kafka_parallel_consumer.
 
-use std::pin::pin;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
+use futures::{FutureExt, StreamExt, future};
 use rdkafka::consumer::{Consumer, StreamConsumer};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::BorrowedMessage;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode::*};
 use rdkafka::{ClientConfig, Message};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
 const TOPIC: &str = "tuned-jobs";
-const GROUP: &str = "tuned-consumer";
-/// Ctrl-C waits for a job, so no job is longer.
-const LONGEST_MS: u64 = 60_000;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // Shows the client's warnings: without them a member that leaves its group again and again is silent.
-    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
-    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
+    let filter = std::env::var("RUST_LOG").unwrap_or("warn,rdkafka::client=off".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter);
-    log.with_writer(std::io::stderr).init();
+    log.with_writer(std::io::stderr).init(); // the client warns when it leaves the group
     let limit = std::env::var("MAX_POLL_INTERVAL_MS").unwrap_or_else(|_| "300000".into());
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
-    let consumer = tuned(&brokers, &limit)?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
-    consumer
-        .fetch_metadata(Some(TOPIC), TIMEOUT)
-        .context(hint)?;
+    let consumer: StreamConsumer = tuned(&limit).set("bootstrap.servers", &brokers).create()?;
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    consumer.fetch_metadata(Some(TOPIC), TIMEOUT).context(tip)?;
     consumer.subscribe(&[TOPIC])?;
 
     let worked = work(&consumer).await;
-    // Leave the group, so that another member takes over at once. With the broker down, the close can hang
-    // (librdkafka issue 3740): wait no longer than TIMEOUT.
-    let (done, closed) = oneshot::channel();
-    thread::spawn(move || {
-        drop(consumer);
-        done.send(())
-    });
+    // Commits and leaves the group. With the broker down, this can hang (librdkafka issue 3740).
+    let (open, closed) = oneshot::channel::<()>();
+    thread::spawn(move || drop((consumer, open)));
     let closed = timeout(TIMEOUT, closed).await;
     worked?;
-    closed.context("closed without leaving the group: no broker answers")??;
-    println!("left the group");
-    Ok(())
+    closed.map(drop).context("cannot close: no broker answers")
 }
 
-/// The pattern: each setting has a reason.
-fn tuned(brokers: &str, limit: &str) -> anyhow::Result<StreamConsumer> {
-    let millis: u32 = limit.parse().context("MAX_POLL_INTERVAL_MS is a number")?;
-    // The client wants no less than the session timeout, and the broker at least six seconds of that.
-    ensure!(millis >= 6000, "MAX_POLL_INTERVAL_MS is at least 6000");
-    let consumer = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        .set("group.id", GROUP)
+/// The pattern: each setting has a reason. Remove a setting that you cannot explain: the defaults are good.
+fn tuned(limit: &str) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config
+        .set("group.id", "tuned-consumer")
         .set("allow.auto.create.topics", "true")
-        // Where a new group begins, and one whose position retention has deleted. The default, `latest`, skips records.
+        // Where a group without a valid offset starts. The default, `latest`, skips records.
         .set("auto.offset.reset", "earliest")
-        // Commits in the background: a commit for each job would cost a request. The default is 5 seconds.
-        .set("auto.commit.interval.ms", "1000")
-        // Commit what `store_offset_from_message` stores when the job is done. The default stores it on receipt.
+        // Auto commit commits the stored offsets. The program stores them after the work.
         .set("enable.auto.offset.store", "false")
-        // A member that is silent for this long is dead, and others take over. A shorter time notices a crash sooner,
-        // but also takes a slow network for one. The default is 45 seconds.
-        .set("session.timeout.ms", millis.min(10_000).to_string())
+        // A member that is silent for this long is dead. With a shorter time, a slow network looks like a crash.
+        .set("session.timeout.ms", "10000")
         // A third of the session timeout or less: two heartbeats can get lost. The default is 3 seconds.
         .set("heartbeat.interval.ms", "2000")
-        // The longest time that one record can take. A program that hangs is noticed after this time.
+        // The longest time that one record can take. It must not be less than the session timeout.
         .set("max.poll.interval.ms", limit)
         // The broker waits for this many bytes: fewer requests. The default, 1, is right where milliseconds count.
         .set("fetch.min.bytes", "1024")
-        // But no longer than this. The Java client calls it `fetch.max.wait.ms`, which is an error here.
+        // The longest time that it waits for these bytes. Only the Java client calls it `fetch.max.wait.ms`.
         .set("fetch.wait.max.ms", "500")
-        // The client reads ahead until it has this many kilobytes or records: for the whole consumer, whatever the number
-        // of partitions (a queue made by `split_partition_queue` has its own limit). The defaults, 64 MB and 100,000
-        // records, are much memory for a small container. A fetch that is under way can exceed the limit.
-        .set("queued.max.messages.kbytes", "16384")
-        .set("queued.min.messages", "1000")
-        // How long the client waits when that limit is reached. With a small limit, the default of 1000 would show as
-        // pauses of a second.
-        .set("fetch.queue.backoff.ms", "100")
-        .create()?;
-    Ok(consumer)
+        // The client reads ahead up to this many kilobytes. The default, 64 MB, is much for a small container.
+        .set("queued.max.messages.kbytes", "16384");
+    config
 }
 
-/// Works on one job after another, until Ctrl-C or SIGTERM.
+/// Works on one job after another. Ends with Ctrl-C or SIGTERM.
 async fn work(consumer: &StreamConsumer) -> anyhow::Result<()> {
-    let mut stop = pin!(shutdown());
-    loop {
-        let received = tokio::select! {
-            biased;
-            signal = &mut stop => return Ok(signal?),
-            received = consumer.recv() => received,
-        };
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let stop = future::select(interrupt.recv().boxed(), terminate.recv().boxed());
+    let mut jobs = consumer.stream().take_until(stop);
+    while let Some(received) = jobs.next().await {
         match received {
-            Ok(job) => handle(consumer, &job).await,
-            // The client joins the group again, by itself, when it is asked for the next record.
-            Err(error @ KafkaError::MessageConsumption(RDKafkaErrorCode::PollExceeded)) => {
-                println!("out of the group: {error}");
+            Ok(job) => {
+                // The work. The payload is its duration in milliseconds, up to 65535. Any other payload takes none.
+                let payload = String::from_utf8_lossy(job.payload().unwrap_or_default());
+                let (offset, millis) = (job.offset(), payload.parse::<u16>().unwrap_or(0));
+                sleep(Duration::from_millis(millis.into())).await;
+                if consumer.assignment_lost() {
+                    println!("offset {offset}: done too late, another member repeats it");
+                } else {
+                    println!("offset {offset}: {millis} ms of work done");
+                }
+                // The client does not commit it when the partition was lost.
+                let _ = consumer.store_offset_from_message(&job);
             }
-            Err(error) if is_temporary(&error) => eprintln!("waiting: {error}"),
+            Err(error) if is_temporary(&error) => println!("waiting: {error}"),
             Err(error) => return Err(error.into()),
         }
     }
+    Ok(())
 }
 
-/// The payload of a job says how many milliseconds of work it is.
-async fn handle(consumer: &StreamConsumer, job: &BorrowedMessage<'_>) {
-    let at = format!("partition {} offset {}", job.partition(), job.offset());
-    let payload = std::str::from_utf8(job.payload().unwrap_or_default());
-    let millis = payload.ok().and_then(|text| text.parse().ok());
-    match millis.filter(|millis| *millis <= LONGEST_MS) {
-        Some(millis) => {
-            sleep(Duration::from_millis(millis)).await;
-            if consumer.assignment_lost() {
-                println!("{at}: done too late: another member repeats it");
-            } else {
-                println!("{at}: done, {millis} ms of work");
-            }
-        }
-        None => println!("{at}: not a job, skipped"),
-    }
-    // The client does not commit it when the partition is lost.
-    if let Err(error) = consumer.store_offset_from_message(job) {
-        eprintln!("{at}: not stored, will be repeated: {error}");
-    }
-}
-
-/// The client reconnects by itself after these errors. Others, such as authorization, do not heal by waiting.
+/// The client recovers from these errors by itself. Others, such as a missing permission, are final.
 fn is_temporary(error: &KafkaError) -> bool {
-    use RDKafkaErrorCode::*;
-    matches!(
-        error.rdkafka_error_code(),
-        Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | UnknownTopicOrPartition)
-    )
-}
-
-/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
-async fn shutdown() -> std::io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        interrupt = tokio::signal::ctrl_c() => interrupt,
-        _ = terminate.recv() => Ok(()),
-    }
+    let code = error.rdkafka_error_code();
+    matches!(code, Some(AllBrokersDown | Resolve | OperationTimedOut))
+        || matches!(code, Some(BrokerTransportFailure | UnknownTopicOrPartition))
+        || matches!(code, Some(PollExceeded)) // it joins the group again
 }

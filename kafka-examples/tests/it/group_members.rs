@@ -30,7 +30,7 @@ const MEMBERS: [(&str, &str, &str); 4] = [
     (
         env!("CARGO_BIN_EXE_kafka_tuned_consumer"),
         "tuned-jobs",
-        "offset 0: done",
+        "offset 0: 10 ms of work done",
     ),
 ];
 
