@@ -2,7 +2,7 @@
 //!
 //! Records with the same key are processed one after another, other records at the same time. They finish out of order. A
 //! commit says that all earlier records are done, so the program commits the lowest offset that is not done. At least once:
-//! a crash, a stop or a rebalance repeats the records from there on, and loses nothing.
+//! a crash, a stop or a rebalance repeats records from the last commit on, and loses nothing.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_send -K : parallel-orders ann:order-0 ben:order-1 ann:order-2
@@ -16,7 +16,8 @@
 //!
 //! Notice:
 //! - The usual mistake is to commit each record when it is done: a commit of offset 9 also commits 5.
-//! - `IN_FLIGHT` limits the memory and the repeated records. At this limit, one slow key stops all other keys.
+//! - `IN_FLIGHT` limits the records in memory. A slow key can fill it, and then all other keys wait.
+//! - A slow record holds back the commit of its partition: a crash repeats all records after it.
 //! - Every record counts as done: kafka_manual_commit dead-letters an order that fails.
 //!
 //! Try: send the lines of a large file, `kill -9` the consumer, and start it again. Settings: KAFKA_BROKERS
@@ -145,12 +146,13 @@ async fn in_turn(
     (order.partition(), order.offset())
 }
 
-/// The work: 5 to 35 ms, so that records overtake each other.
+/// The work. The payload is its duration in milliseconds. Any other payload takes 5 to 35 ms, so records overtake each other.
 async fn process(order: &OwnedMessage) {
     let (partition, offset) = (order.partition(), order.offset());
-    sleep(Duration::from_millis(5 + offset.unsigned_abs() * 7 % 31)).await;
     let key = String::from_utf8_lossy(order.key().unwrap_or_default());
     let text = String::from_utf8_lossy(order.payload().unwrap_or_default());
+    let millis = text.parse().unwrap_or(5 + offset.unsigned_abs() * 7 % 31);
+    sleep(Duration::from_millis(millis)).await;
     println!("partition {partition} offset {offset}: {key} {text} done");
 }
 

@@ -168,6 +168,40 @@ async fn sigkill_loses_nothing_and_keeps_the_order_of_each_key() -> Result<()> {
     Ok(())
 }
 
+/// Orders after a slow one are done, and a commit follows: it does not pass the slow one.
+#[tokio::test]
+async fn commit_does_not_pass_an_order_that_is_not_done() -> Result<()> {
+    let kafka = shared::kafka(&["kafka_parallel_consumer"])?;
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    let send = async |partition, payload: &str| {
+        let record = FutureRecord::<(), str>::to(TOPIC).partition(partition);
+        let sent = producer.send(record.payload(payload), TIMEOUT).await;
+        sent.map_err(|(error, _)| error)
+    };
+    for payload in ["1", "600000", "1", "1"] {
+        send(0, payload).await?;
+    }
+    let mut member = example(&kafka)?;
+    for _ in 0..3 {
+        member.wait_for(" 1 done", TIMEOUT)?;
+    }
+    send(1, "1").await?;
+    let deadline = Instant::now() + TIMEOUT;
+    while committed(&kafka, TOPIC)?[&1] != 1 {
+        ensure!(Instant::now() < deadline, "nothing is committed");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(committed(&kafka, TOPIC)?[&0], 1);
+    member.terminate()?;
+    member.wait(TIMEOUT)?.ok()?;
+    assert_eq!(committed(&kafka, TOPIC)?[&0], 1);
+    // The next member repeats the orders after the slow one.
+    example(&kafka)?.wait_for("partition 0 offset 2: ", TIMEOUT)?;
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_rebalance_amid_work_loses_nothing() -> Result<()> {
     const ORDERS: usize = 4000;
