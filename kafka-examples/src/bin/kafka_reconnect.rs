@@ -1,8 +1,8 @@
 //! Reconnect: what a producer does by itself while the broker is down, and which errors are final
 //!
-//! Sends a tick every 200 ms while the broker is killed and restarted. The client reconnects by itself. Ticks wait in its
-//! queue for up to a minute (`message.timeout.ms`), and idempotence keeps retries from writing a tick twice or in another
-//! order. So an outage of less than a minute loses, repeats and reorders nothing.
+//! Sends a tick every 200 ms while the broker is killed and restarted. The client reconnects by itself. Ticks wait in
+//! its queue for up to a minute (`message.timeout.ms`). With idempotence, a retry does not write a tick twice or out of
+//! order. So an outage that ends in time loses, repeats and reorders nothing.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_reconnect
@@ -17,40 +17,36 @@
 //! confirmed: tick [..]
 //! 1^C
 //! ...
-//! all ticks are confirmed
+//! every tick has its delivery report
 //! ```
 //!
 //! Notice:
-//! - "not confirmed in time" is not a failure: the tick can be in the topic, and only its confirmation is lost.
-//! - Every other error of a delivery is final: sending the tick again would end in the same way.
-//! - The client logs the address that it cannot reach. A program that installs no logger does not show it.
+//! - "not confirmed in time" does not mean that the tick is lost. It can be in the topic, without a confirmation.
+//! - Every other delivery error ends the program: the client does not try again after it.
 //!
-//! Try: keep the broker down for more than a minute. `cargo lab pause kafka`: the connection stays, but nothing answers.
-//!
-//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_reconnect_consumer, kafka_failover, kafka_send.
+//! Try: keep the broker down for more than a minute. Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG.
+//! See also: kafka_reconnect_consumer, kafka_failover, kafka_send.
 
-use std::pin::pin;
-use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
-use futures::stream::{FuturesOrdered, StreamExt};
+use anyhow::{Context, bail};
+use futures::{FutureExt, StreamExt, TryStreamExt, future, stream};
 use rdkafka::ClientConfig;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::oneshot;
-use tokio::time::interval;
+use tokio::time::sleep;
 
 const TOPIC: &str = "reconnect-ticks";
+const PAUSE: Duration = Duration::from_millis(200);
+const MAX_WAITING: usize = 1000;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
     let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter);
-    log.with_writer(std::io::stderr).init();
+    log.with_writer(std::io::stderr).init(); // the client logs why it reconnects
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
@@ -62,69 +58,48 @@ async fn main() -> anyhow::Result<()> {
         // Without an answer for this long, a connection counts as lost. The default is a minute.
         .set("socket.timeout.ms", "10000")
         .create()?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     let metadata = producer.client().fetch_metadata(Some(TOPIC), TIMEOUT);
-    metadata.context(hint)?;
+    metadata.context(tip)?;
 
-    let sent = send_ticks(&producer).await;
-    // `flush` blocks until the queue is empty, or for TIMEOUT.
-    let (done, flushed) = oneshot::channel();
-    thread::spawn(move || {
-        let _ = producer.flush(TIMEOUT);
-        done.send(producer.in_flight_count())
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let stop = future::select(interrupt.recv().boxed(), terminate.recv().boxed());
+    let stop = stop.map(drop).shared();
+    let ticks = stream::iter(0..).then(async |number| {
+        sleep(PAUSE).await;
+        let waiting = producer.in_flight_count();
+        if waiting > 0 && waiting % 10 == 0 {
+            println!("waiting: {waiting} ticks are not confirmed yet");
+        }
+        number
     });
-    let waiting = flushed.await;
-    sent?;
-    let waiting = waiting?;
-    ensure!(
-        waiting == 0,
-        "{waiting} ticks are not confirmed, and are given up"
-    );
-    println!("all ticks are confirmed");
+    // After a signal no tick is sent, but the reports are awaited.
+    let sent = ticks
+        .take_until(stop.clone())
+        .map(|number| send(&producer, number))
+        .buffered(MAX_WAITING);
+    tokio::select! {
+        sent = sent.try_collect::<()>() => sent?,
+        () = stop.then(|()| sleep(TIMEOUT)) => {
+            bail!("{} ticks are not confirmed", producer.in_flight_count());
+        }
+    }
+    println!("every tick has its delivery report");
     Ok(())
 }
 
-/// Puts a tick into the queue every 200 ms, whether the broker is up or not, and prints the delivery reports. Ends with
-/// Ctrl-C, SIGTERM, or a final error.
-async fn send_ticks(producer: &FutureProducer) -> anyhow::Result<()> {
-    let mut stop = pin!(shutdown());
-    let mut clock = interval(Duration::from_millis(200));
-    let mut reports = FuturesOrdered::new();
-    let mut next = 0;
-    loop {
-        tokio::select! {
-            biased;
-            signal = &mut stop => return Ok(signal?),
-            _ = clock.tick() => {
-                let (number, payload) = (next, next.to_string());
-                // One key, so one partition: the ticks stay in order.
-                let record = FutureRecord::to(TOPIC).key("tick").payload(&payload);
-                let report = producer.send_result(record).map_err(|(error, _)| error);
-                let report = report.with_context(|| format!("tick {number} is refused"))?;
-                reports.push_back(async move { (number, report.await) });
-                next += 1;
-                if reports.len() % 10 == 0 {
-                    println!("waiting: {} ticks are not confirmed yet", reports.len());
-                }
-            }
-            Some((number, report)) = reports.next() => match report? {
-                Ok(_) => println!("confirmed: tick {number}"),
-                Err((KafkaError::MessageProduction(RDKafkaErrorCode::MessageTimedOut), _)) => {
-                    println!("not confirmed in time: tick {number}");
-                }
-                Err((error, _)) => {
-                    return Err(error).with_context(|| format!("tick {number} is refused"));
-                }
-            },
+/// The pattern: put a tick into the client's queue, whether the broker is up or not, and await its delivery report.
+async fn send(producer: &FutureProducer, number: u32) -> anyhow::Result<()> {
+    let payload = number.to_string();
+    // One key, so one partition: the ticks stay in order.
+    let record = FutureRecord::to(TOPIC).key("tick").payload(&payload);
+    match producer.send(record, Duration::ZERO).await {
+        Ok(_) => println!("confirmed: tick {number}"),
+        Err((KafkaError::MessageProduction(RDKafkaErrorCode::MessageTimedOut), _)) => {
+            println!("not confirmed in time: tick {number}");
         }
+        Err((error, _)) => return Err(error).with_context(|| format!("tick {number}")),
     }
-}
-
-/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
-async fn shutdown() -> std::io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        interrupt = tokio::signal::ctrl_c() => interrupt,
-        _ = terminate.recv() => Ok(()),
-    }
+    Ok(())
 }

@@ -43,11 +43,10 @@ fn an_outage_loses_repeats_and_reorders_no_tick() -> Result<()> {
     }
     ticks.terminate()?;
     let ended = ticks.wait(TIMEOUT)?.ok()?;
-    assert!(
-        ended.stdout.ends_with("all ticks are confirmed\n"),
-        "{}",
-        ended.stdout
-    );
+    let stdout = &ended.stdout;
+    let complete = stdout.ends_with("every tick has its delivery report\n");
+    assert!(complete, "{stdout}");
+    assert!(!stdout.contains("not confirmed in time"), "{stdout}");
     let mut written = Vec::new();
     for record in read(&kafka, "reconnect-ticks", "read_committed")? {
         let payload = record.payload().context("no payload")?;
@@ -55,13 +54,20 @@ fn an_outage_loses_repeats_and_reorders_no_tick() -> Result<()> {
     }
     let expected: Vec<u32> = (0..u32::try_from(written.len())?).collect();
     assert_eq!(written, expected);
-    let last = ended.stdout.matches("confirmed: tick ").count();
-    assert!(last > 20 && last <= written.len(), "{last}");
+    let confirmed: Vec<u32> = stdout
+        .lines()
+        .filter_map(|line| line.strip_prefix("confirmed: tick ")?.parse().ok())
+        .collect();
+    assert_eq!(confirmed, written);
+    assert!(written.len() > 20, "{written:?}");
+    // At the start of an outage the client can log more than once, but not several times per second.
+    let logged = ended.stderr.lines().count();
+    assert!(logged <= 20, "{}", ended.stderr);
     Ok(())
 }
 
 #[test]
-fn ticks_that_are_given_up_are_an_error() -> Result<()> {
+fn ticks_without_a_report_are_an_error() -> Result<()> {
     let kafka = Broker::private(Service::Kafka)?;
     let mut ticks = start(PRODUCER, &kafka)?;
     ticks.wait_for("confirmed: tick 5", TIMEOUT)?;
@@ -70,9 +76,9 @@ fn ticks_that_are_given_up_are_an_error() -> Result<()> {
     ticks.interrupt()?;
     let ended = ticks.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1, "{}", ended.stderr);
-    let given_up = "ticks are not confirmed, and are given up";
-    assert!(ended.stderr.contains(given_up), "{}", ended.stderr);
-    assert!(!ended.stdout.contains("all ticks"), "{}", ended.stdout);
+    let told = "ticks are not confirmed";
+    assert!(ended.stderr.contains(told), "{}", ended.stderr);
+    assert!(!ended.stdout.contains("every tick"), "{}", ended.stdout);
     Ok(())
 }
 
