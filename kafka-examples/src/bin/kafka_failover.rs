@@ -1,8 +1,8 @@
 //! Failover: nodes of a cluster are killed, and no confirmed order is lost
 //!
-//! Sends an order every 200 ms to a partition with copies on three nodes, and shows its leader. With `acks=all` an order is
-//! confirmed when all in-sync copies have it, so each of them can become the leader without a loss. When the leader dies,
-//! another node is elected within seconds, and the client finds it by itself. A consumer does the same.
+//! Sends one order after another to a partition with copies on three nodes, and shows its leader. With `acks=all` an
+//! order is confirmed when all in-sync copies have it, so each of them can become the leader without a loss. When the
+//! leader dies, another node is elected, and the client finds it by itself. The program sees only a delay.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_failover
@@ -20,38 +20,34 @@
 //! ```
 //!
 //! Notice:
-//! - With fewer in-sync copies than `min.insync.replicas` (2 here) the leader refuses to write: NotEnoughReplicas.
-//! - The client tries again until `message.timeout.ms`, five minutes. The program sees only the delay.
-//! - Two dead nodes of three also leave the controllers without a majority: no leader can be elected.
+//! - With fewer in-sync copies than `min.insync.replicas` (2 here) the leader refuses to write: NotEnoughReplicas. The
+//!   client tries again until `message.timeout.ms`, five minutes.
+//! - If two of three nodes are dead, the controllers have no majority and cannot elect a leader.
 //!
-//! Try: `cargo lab kill kafka.3` as well, and restart one of them. Run `kafka_tail failover-orders` at the same time.
-//!
-//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG; `cargo lab up kafka --nodes 3`. See also: kafka_reconnect.
+//! Try: `cargo lab kill kafka.3` as well, and restart one of them. Settings: KAFKA_BROKERS
+//! (localhost:9092), RUST_LOG; `cargo lab up kafka --nodes 3`. See also: kafka_reconnect.
 
 use std::io::Write;
-use std::pin::pin;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
-use futures::stream::{FuturesOrdered, StreamExt};
+use anyhow::{Context, bail};
+use futures::{FutureExt, StreamExt, TryStreamExt, future, stream};
 use rdkafka::ClientConfig;
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::oneshot;
-use tokio::time::interval;
+use tokio::time::sleep;
 
 const TOPIC: &str = "failover-orders";
 const PARTITION: i32 = 0;
+const PAUSE: Duration = Duration::from_millis(200);
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
     let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter);
-    log.with_writer(std::io::stderr).init();
+    log.with_writer(std::io::stderr).init(); // the client logs why it reconnects
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
@@ -60,28 +56,37 @@ async fn main() -> anyhow::Result<()> {
         .set("enable.idempotence", "true")
         .set("reconnect.backoff.max.ms", "1000")
         .create()?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     let metadata = producer.client().fetch_metadata(Some(TOPIC), TIMEOUT);
-    metadata.context(hint)?;
-    // A thread of its own, because `fetch_metadata` blocks.
+    metadata.context(tip)?;
+    // In its own thread, because `fetch_metadata` blocks.
     let observer = producer.clone();
     thread::spawn(move || show_leader(&observer));
 
-    let sent = send_orders(&producer).await;
-    // `flush` blocks until the queue is empty, or for TIMEOUT.
-    let (done, flushed) = oneshot::channel();
-    thread::spawn(move || {
-        let _ = producer.flush(TIMEOUT);
-        done.send(producer.in_flight_count())
-    });
-    let waiting = flushed.await;
-    sent?;
-    let waiting = waiting?;
-    ensure!(
-        waiting == 0,
-        "{waiting} orders are not confirmed, and are given up"
-    );
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let stop = future::select(interrupt.recv().boxed(), terminate.recv().boxed());
+    let stop = stop.map(drop).shared();
+    // After a signal the report of the last order is awaited.
+    let orders = stream::iter(0..).take_until(stop.clone());
+    let sent = orders.then(|number| send(&producer, number));
+    tokio::select! {
+        sent = sent.try_collect::<()>() => sent?,
+        () = stop.then(|()| sleep(TIMEOUT)) => bail!("the last order may or may not be written"),
+    }
     println!("all orders are confirmed");
+    Ok(())
+}
+
+/// The pattern: an order counts only when its delivery report says that it is written.
+async fn send(producer: &FutureProducer, number: u32) -> anyhow::Result<()> {
+    let payload = format!("order {number}");
+    let record = FutureRecord::<(), _>::to(TOPIC).partition(PARTITION);
+    let sent = producer.send(record.payload(&payload), TIMEOUT).await;
+    let sent = sent.map_err(|(error, _)| error);
+    sent.with_context(|| format!("order {number} is not confirmed, but can be written"))?;
+    println!("confirmed: order {number}");
+    sleep(PAUSE).await;
     Ok(())
 }
 
@@ -103,51 +108,6 @@ fn show_leader(producer: &FutureProducer) {
                 shown = line;
             }
         }
-        thread::sleep(Duration::from_millis(200));
-    }
-}
-
-/// The pattern: an order counts only when its delivery report says that it is written. Ends with Ctrl-C, SIGTERM, or a
-/// final error.
-async fn send_orders(producer: &FutureProducer) -> anyhow::Result<()> {
-    let mut stop = pin!(shutdown());
-    let mut clock = interval(Duration::from_millis(200));
-    let mut reports = FuturesOrdered::new();
-    let mut next = 0;
-    loop {
-        tokio::select! {
-            biased;
-            signal = &mut stop => return Ok(signal?),
-            _ = clock.tick() => {
-                let (number, payload) = (next, format!("order {next}"));
-                let record = FutureRecord::<(), _>::to(TOPIC).partition(PARTITION).payload(&payload);
-                let report = producer.send_result(record).map_err(|(error, _)| error);
-                let report = report.with_context(|| format!("order {number} is refused"))?;
-                reports.push_back(async move { (number, report.await) });
-                next += 1;
-                if reports.len() % 10 == 0 {
-                    println!("waiting: {} orders are not confirmed yet", reports.len());
-                }
-            }
-            Some((number, report)) = reports.next() => match report? {
-                Ok(_) => println!("confirmed: order {number}"),
-                // It can be in the topic, and only its confirmation is lost.
-                Err((KafkaError::MessageProduction(RDKafkaErrorCode::MessageTimedOut), _)) => {
-                    println!("not confirmed in time: order {number}");
-                }
-                Err((error, _)) => {
-                    return Err(error).with_context(|| format!("order {number} is refused"));
-                }
-            },
-        }
-    }
-}
-
-/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
-async fn shutdown() -> std::io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        interrupt = tokio::signal::ctrl_c() => interrupt,
-        _ = terminate.recv() => Ok(()),
+        thread::sleep(PAUSE);
     }
 }
