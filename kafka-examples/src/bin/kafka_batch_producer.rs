@@ -1,8 +1,7 @@
-//! Send many records to Kafka: the window in flight sets the rate
+//! Send many records to Kafka: the number of records in flight sets the rate
 //!
-//! Sends 1000 messages with at most 100 in flight, and then with other windows. A message counts as sent when all in-sync
-//! replicas have it. Idempotence keeps retries from writing it twice. Failures are counted by cause; kafka_async_producer
-//! tells which of them are refusals.
+//! At most 100 messages wait for their delivery report (the window). Then the program repeats this with other windows.
+//! A message counts as sent when all in-sync replicas have it. With idempotence, a retry does not write it twice.
 //!
 //! ```console
 //! $ cargo lab run kafka_batch_producer
@@ -17,13 +16,11 @@
 //!
 //! Notice:
 //! - A batch waits `linger.ms` for more messages. So a window of W sends at most W messages per 10 ms.
-//! - A wide window makes the program fast. A shorter linger helps only a narrow window. `batch.size` is never reached.
-//! - The timeout of `send` bounds the wait for room in the client's queue. With 0, a full queue refuses the message.
-//! - `send` looks for room only every 100 ms. Keep the window smaller than the queue (100,000 messages by default).
+//! - The timeout of `send` limits only the wait for room in the client's queue. With 0, a full queue refuses.
+//! - When the queue is full, `send` tries again every 100 ms. Keep the window smaller than the queue (100,000).
 //!
-//! Try: set `linger.ms` to 0, and then to 100.
-//!
-//! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_async_producer, kafka_compression.
+//! Try: set `linger.ms` to 0, and then to 100. Settings: KAFKA_BROKERS (localhost:9092).
+//! See also: kafka_async_producer (which failures are refusals), kafka_compression.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -36,7 +33,8 @@ use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 
 const TOPIC: &str = "test-topic";
 const MESSAGES: u32 = 1000;
-const WINDOW: usize = 100;
+/// The window and the number of messages of each run. With a window of 1, each message takes `linger.ms`.
+const RUNS: [(usize, u32); 4] = [(100, 1000), (1, 100), (10, 1000), (1000, 1000)];
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
@@ -52,20 +50,14 @@ async fn main() -> anyhow::Result<()> {
         .set("batch.size", "16384")
         .set("message.timeout.ms", "30000");
     let producer: FutureProducer = config.create()?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     let metadata = producer.client().fetch_metadata(Some(TOPIC), TIMEOUT);
-    metadata.context(hint)?;
+    metadata.context(tip)?;
     // The first message opens the connection, which would slow down the first window.
     send_all(&producer, 0..1, 1, TIMEOUT).await;
 
     let mut next = 1;
-    // With a window of 1, a thousand messages would take more than ten seconds.
-    for (window, count) in [
-        (WINDOW, MESSAGES),
-        (1, 100),
-        (10, MESSAGES),
-        (1000, MESSAGES),
-    ] {
+    for (window, count) in RUNS {
         let begin = Instant::now();
         let (sent, failed) = send_all(&producer, next..next + count, window, TIMEOUT).await;
         let seconds = begin.elapsed().as_secs_f64();
@@ -77,7 +69,7 @@ async fn main() -> anyhow::Result<()> {
     fill_the_queue(config, next).await
 }
 
-/// The pattern: a window of sends in flight. Returns how many were sent, and the failures by cause.
+/// The pattern: keep `window` sends in flight. Returns the number of sent messages, and the failures by cause.
 async fn send_all(
     producer: &FutureProducer,
     numbers: Range<u32>,
@@ -106,12 +98,12 @@ async fn send_all(
 async fn fill_the_queue(mut config: ClientConfig, next: u32) -> anyhow::Result<()> {
     config.set("queue.buffering.max.messages", "50");
     let producer: FutureProducer = config.create()?;
-    let (sent, failed) = send_all(&producer, next..next + MESSAGES, WINDOW, TIMEOUT).await;
+    let (sent, failed) = send_all(&producer, next..next + MESSAGES, 100, TIMEOUT).await;
     println!("a queue of 50, waiting for room: sent {sent}/{MESSAGES}");
     ensure!(failed.is_empty(), "not sent: {failed:?}");
 
     let next = next + MESSAGES;
-    let (sent, failed) = send_all(&producer, next..next + MESSAGES, WINDOW, Duration::ZERO).await;
+    let (sent, failed) = send_all(&producer, next..next + MESSAGES, 100, Duration::ZERO).await;
     println!("a queue of 50, not waiting: sent {sent}/{MESSAGES}");
     for (cause, count) in failed {
         println!("  {count} times: {cause}");
