@@ -1,8 +1,8 @@
 //! Send records to Kafka and await their delivery reports
 //!
-//! A report says where the record is: its partition and offset. All in-sync replicas have it then (`acks=all`).
-//! Idempotence lets the client retry without writing a record twice or out of order. Records with the same key stay in
-//! order, because they share a partition.
+//! A report gives the partition and the offset of the record. It comes when all in-sync replicas have the record
+//! (`acks=all`). With idempotence, a retry of the client does not write a record twice or out of order. Records with
+//! the same key stay in order, because they share a partition.
 //!
 //! ```console
 //! $ cargo lab run kafka_async_producer
@@ -15,20 +15,17 @@
 //!
 //! Notice:
 //! - `order-123` goes to the same partition both times. When partitions are added, it can go to another.
-//! - librdkafka's default hash is not the Java client's. `murmur2_random` is.
-//! - After a timeout the record may be written or not. Sending it again is at least once.
-//! - Each order waits for the report of the one before, a round trip. kafka_batch_producer is faster.
+//! - librdkafka and the Java client hash keys differently. `murmur2_random` is the Java client's hash.
+//! - After a timeout the record may be written or not. If you send it again, it can be in the topic twice.
 //!
-//! Try: send 9 orders while `kafka_consumer_group` runs. Stop the broker after the first of 100000 orders.
-//!
-//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG; the first argument is the number of orders (1).
-//! See also: kafka_consumer_group, kafka_send.
+//! Try: stop the broker after the first of 100000 orders. Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG; the first
+//! argument is the number of orders (1). See also: kafka_batch_producer (faster), kafka_consumer_group, kafka_send.
 
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rdkafka::ClientConfig;
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode::*};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use serde::Serialize;
 
@@ -39,24 +36,20 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 struct Order {
     order_id: String,
     user_id: String,
-    /// An integer: a binary fraction cannot hold 0.10.
+    /// In cents: an `f64` cannot hold 0.10 exactly.
     amount_cents: u64,
     status: &'static str,
 }
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs which address fails, and why.
-    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
     let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter);
-    log.with_writer(std::io::stderr).init();
-    let count: u32 = match std::env::args().nth(1) {
-        Some(count) => count
-            .parse()
-            .context("the argument is the number of orders")?,
-        None => 1,
-    };
+    log.with_writer(std::io::stderr).init(); // the client logs which address fails, and why
+    let count = std::env::args().nth(1).unwrap_or("1".into());
+    let count: u32 = count
+        .parse()
+        .context("usage: kafka_async_producer [ORDERS]")?;
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
@@ -67,9 +60,9 @@ async fn main() -> anyhow::Result<()> {
         .set("message.timeout.ms", "5000")
         .set("partitioner", "murmur2_random")
         .create()?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     let metadata = producer.client().fetch_metadata(Some(TOPIC), TIMEOUT);
-    metadata.context(hint)?;
+    metadata.context(tip)?;
     for number in 0..count {
         let order = Order {
             order_id: format!("order-{}", 123 + number),
@@ -82,7 +75,7 @@ async fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Sends one order and waits for its delivery report.
+/// The pattern: send one order and await its delivery report.
 async fn send(producer: &FutureProducer, order: &Order) -> anyhow::Result<()> {
     let (id, payload) = (&order.order_id, serde_json::to_string(order)?);
     let record = FutureRecord::to(TOPIC).key(id).payload(&payload);
@@ -95,18 +88,11 @@ async fn send(producer: &FutureProducer, order: &Order) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether the record is certainly not in the topic. A timeout or a lost connection does not tell.
+/// True if the client or the broker refused the record. After every other error, the record can be in the topic.
 fn is_definite(error: &KafkaError) -> bool {
-    use RDKafkaErrorCode::*;
-    !matches!(
-        error.rdkafka_error_code(),
-        Some(
-            MessageTimedOut
-                | RequestTimedOut
-                | BrokerTransportFailure
-                | NetworkException
-                | NotEnoughReplicasAfterAppend
-                | PurgeInflight
-        )
-    )
+    let code = error.rdkafka_error_code();
+    matches!(code, Some(MessageSizeTooLarge | TopicAuthorizationFailed))
+        || matches!(code, Some(InvalidRecord | ClusterAuthorizationFailed))
+        || matches!(code, Some(InvalidTopic | UnknownTopic | QueueFull))
+        || matches!(code, Some(UnknownPartition | UnknownTopicOrPartition))
 }
