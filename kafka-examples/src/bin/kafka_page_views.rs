@@ -1,8 +1,8 @@
 //! Page views that arrive out of order and late: the input for the window examples
 //!
 //! Three pages are viewed once per second for one minute. A view carries the time at which it happened (`at_ms`). Most
-//! views arrive at once, some 1.5 seconds later, a few 6 or 14 seconds later. Every run sends the same views, only the
-//! start differs. A view counts as sent when all in-sync replicas have it.
+//! views arrive immediately, some after 1.5 seconds, and a few after 6 or 14 seconds. A view counts as sent when all
+//! in-sync replicas have it.
 //!
 //! ```console
 //! $ cargo lab run kafka_page_views 2026-01-01T12:00:00Z
@@ -12,10 +12,9 @@
 //! Notice:
 //! - The key is the page, so all views of a page are in one partition.
 //! - The event time is in the payload. The record's own timestamp can be replaced by the broker (`LogAppendTime`).
-//! - The last three views happen 20 seconds after the others. They close all windows before them.
+//! - The last three views happen 20 seconds after the others. They close all earlier windows.
 //!
 //! Try: run it twice with the same start while kafka_crash_safe_windows runs. All views of the second run are too late.
-//!
 //! Usage: kafka_page_views [START], by default the current minute. Settings: KAFKA_BROKERS (localhost:9092).
 //! See also: kafka_window_aggregation, kafka_crash_safe_windows.
 
@@ -46,20 +45,20 @@ async fn main() -> anyhow::Result<()> {
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
-        // Without it, a retry can change the order of the views again.
+        // Without it, a retry can change the order of the views.
         .set("enable.idempotence", "true")
         .set("message.timeout.ms", "30000")
         .create()?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     let metadata = producer.client().fetch_metadata(Some(TOPIC), TIMEOUT);
-    metadata.context(hint)?;
+    metadata.context(tip)?;
 
     let views = views(start);
     let mut reports = Vec::new();
     for (time, page) in &views {
         let view = json!({"page": page, "at_ms": time.timestamp_millis()}).to_string();
         let record = FutureRecord::to(TOPIC).key(*page).payload(&view);
-        // Not awaited here, so that all views are in flight at once, in the order of their arrival.
+        // Not awaited here, so that all views are in flight at the same time, in the order of their arrival.
         reports.push(producer.send_result(record).map_err(|(error, _)| error)?);
     }
     for report in reports {
