@@ -1,8 +1,8 @@
 //! Pitfall: order exists only within a partition, so records without a key arrive out of order
 //!
-//! Sends the events of three users, once without a key and once with the user as key, and counts the events that a consumer
-//! receives after a later event of the same user. With a key, all events of a user go to one partition and arrive in the
-//! order in which they were sent. Events of different users have no order.
+//! Sends the events of three users twice: without a key, and with the user as key. Then it counts the events that
+//! arrive after a later event of the same user. With a key, all events of a user go to one partition and arrive in
+//! order. Events of different users have no order.
 //!
 //! ```console
 //! $ cargo lab run kafka_pitfall_ordering
@@ -17,13 +17,11 @@
 //! ```
 //!
 //! Notice:
-//! - Each event is confirmed before the next is sent. That does not help.
-//! - Without a key the client stays with one partition for `sticky.partitioning.linger.ms`, so a short test looks ordered.
-//! - A consumer that is always up to date often sees the right order. One that catches up reads partition by partition.
-//! - Retries without idempotence and concurrent work on one partition break the order, too.
+//! - Each event is confirmed before the next is sent, and the order is still lost.
+//! - Without a key the client stays with one partition for `sticky.partitioning.linger.ms`, so a short test is in order.
+//! - A consumer without lag often sees the right order. A consumer with lag reads partition by partition.
 //!
 //! Try: use the event as key. Create the topic with one partition: everything is in order.
-//!
 //! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_async_producer, kafka_parallel_consumer.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -49,12 +47,12 @@ async fn main() -> anyhow::Result<()> {
         .set("enable.idempotence", "true")
         .set("message.timeout.ms", "30000")
         .create()?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     let metadata = producer.client().fetch_metadata(None, TIMEOUT);
-    metadata.context(hint)?;
+    metadata.context(tip)?;
     for (title, keyed) in [("without a key", false), ("with the user as key", true)] {
         let sent = send(&producer, keyed).await?;
-        // The client wants a name for a group, although none is joined.
+        // The name of a group is required, although this program joins no group.
         let consumer: BaseConsumer = config.set("group.id", TOPIC).create()?;
         println!("{title}:");
         receive(&consumer, sent)?;
@@ -79,7 +77,7 @@ async fn send(producer: &FutureProducer, keyed: bool) -> anyhow::Result<BTreeMap
     Ok(sent)
 }
 
-/// Receives these events after the last one was sent, as a restarted consumer does, and counts.
+/// Receives the events after all were sent, like a restarted consumer, and counts the late ones.
 fn receive(consumer: &BaseConsumer, mut sent: BTreeMap<i32, (i64, i64)>) -> anyhow::Result<()> {
     let mut start = TopicPartitionList::new();
     for (partition, (first, _)) in &sent {
