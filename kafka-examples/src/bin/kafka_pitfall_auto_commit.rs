@@ -1,35 +1,29 @@
 //! Pitfall: auto commit confirms orders that are not processed yet, and a crash loses them
 //!
-//! Two workers differ in one setting. Both read up to 100 orders ahead of the work, crash after half of the orders, and
-//! are started again. The wrong one has the client's defaults and commits the orders that it has read: at most once. The
-//! right one commits the orders that it has processed: at least once.
+//! Two workers read up to 100 orders ahead of the work, crash after half of the orders, and are started again. The
+//! wrong one commits the orders that it has read: at most once. The right one turns `enable.auto.offset.store` off and
+//! stores the offset of an order after its work. So it commits the orders that it has processed: at least once.
 //!
 //! ```console
 //! $ cargo lab run kafka_pitfall_auto_commit
-//! wrong: 250 orders sent, [..] lost, 0 handled again
-//! right: 250 orders sent, 0 lost, [..] handled again
+//! wrong: 250 orders: [..] lost, 0 repeated
+//! right: 250 orders: 0 lost, [..] repeated
 //! ```
 //!
 //! Notice:
-//! - No error is reported, and the group's lag is zero at the end. Only the count shows the loss.
-//! - By default (`enable.auto.offset.store`) the client stores an offset for the next commit when it hands out a record.
-//! - When another member takes over the partition, its orders in work are handled again, and not lost.
-//! - A worker here ends with the first error of the client: kafka_reconnect_consumer waits for the broker.
+//! - No error is reported, and both groups have committed all orders at the end. Only the count shows the loss.
+//! - With several tasks per partition, this stores offsets too early. kafka_parallel_consumer shows how to do it.
 //!
-//! Try: change READ_AHEAD, and count again. Store the offset before the work in the right worker.
-//!
-//! With several tasks per partition, this way to store offsets skips orders: kafka_parallel_consumer shows the cure.
-//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_manual_commit, kafka_idempotent_consumer.
+//! Try: change READ_AHEAD, and count again. Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG.
+//! See also: kafka_manual_commit, kafka_idempotent_consumer.
 
 use std::collections::BTreeSet;
-use std::future::ready;
 use std::process::Stdio;
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
-use futures::StreamExt;
+use anyhow::{Context, ensure};
+use futures::{StreamExt, future};
 use rdkafka::consumer::{Consumer, StreamConsumer};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Message};
 use tokio::process::Command;
@@ -44,26 +38,23 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
     let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter);
-    log.with_writer(std::io::stderr).init();
-    let args: Vec<String> = std::env::args().skip(1).collect();
+    log.with_writer(std::io::stderr).init(); // the client logs why it reconnects
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
-    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [] => {}
-        // The program starts itself with these arguments, twice for each topic.
-        ["worker", topic, last] => return worker(&brokers, topic, last.parse().ok()).await,
-        _ => bail!("usage: kafka_pitfall_auto_commit"),
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    // The program starts itself with these arguments, twice for each topic.
+    if let [topic, last] = &args[..] {
+        return worker(&brokers, topic, last.parse().ok()).await;
     }
+    ensure!(args.is_empty(), "usage: kafka_pitfall_auto_commit");
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", &brokers)
-        .set("enable.idempotence", "true")
         .set("message.timeout.ms", "30000")
         .create()?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     let metadata = producer.client().fetch_metadata(None, TIMEOUT);
-    metadata.context(hint)?;
+    metadata.context(tip)?;
     let (wrong, right) = tokio::try_join!(count(&producer, WRONG), count(&producer, RIGHT))?;
     println!("wrong: {wrong}\nright: {right}");
     Ok(())
@@ -77,36 +68,29 @@ async fn worker(brokers: &str, topic: &str, last: Option<i64>) -> anyhow::Result
         .set("group.id", topic)
         .set("auto.offset.reset", "earliest")
         .set("auto.commit.interval.ms", "1000")
-        // The second worker waits this long for the crashed one. By default, brokers refuse less.
+        // After the crash, the second worker waits this long for the partition. It is the broker's minimum.
         .set("session.timeout.ms", "6000")
-        // The only difference: with true, the default, an order counts as done when it is handed out.
+        // With true, the default, the client stores the offset of an order when it returns the order.
         .set("enable.auto.offset.store", (!right).to_string())
         .create()?;
     consumer.subscribe(&[topic])?;
     // Holds up to READ_AHEAD orders, as a queue or spawned tasks would.
-    let mut orders = consumer.stream().map(ready).buffered(READ_AHEAD);
-    let mut handled = 0;
-    while let Some(received) = orders.next().await {
-        let order = received?;
+    let mut orders = consumer.stream().map(future::ready).buffered(READ_AHEAD);
+    for handled in 1.. {
+        let order = orders.next().await.context("the stream has ended")??;
         sleep(Duration::from_millis(20)).await; // the work
         println!("{}", order.offset());
-        handled += 1;
-        if last.is_none() && handled == ORDERS / 2 {
-            // As with SIGKILL: nothing more is committed, and the member does not leave the group.
-            std::process::abort();
-        }
         if right && let Err(error) = consumer.store_offset_from_message(&order) {
-            // Another member has the partition now. It starts after the last commit, and repeats this order.
-            let lost = error == KafkaError::StoreOffset(RDKafkaErrorCode::State);
-            ensure!(lost, error);
-            eprintln!("offset {}: partition lost, order repeated", order.offset());
+            eprintln!("partition lost, order repeated: {error}"); // by its new owner
         }
-        if last.is_some_and(|last| order.offset() >= last) {
-            break;
+        match last {
+            // Like SIGKILL: it commits nothing more, and does not leave the group.
+            None if handled == ORDERS / 2 => std::process::abort(),
+            Some(last) if order.offset() >= last => break,
+            _ => {}
         }
     }
-    // Here the consumer is dropped. It commits the stored offsets and leaves the group.
-    Ok(())
+    Ok(()) // the consumer is dropped: it commits the stored offsets and leaves the group
 }
 
 /// Sends orders, runs a worker that crashes and a worker that finishes, and compares.
@@ -118,24 +102,19 @@ async fn count(producer: &FutureProducer, topic: &str) -> anyhow::Result<String>
         sent.push(at.map_err(|(error, _)| error)?.offset);
     }
     let last = sent.last().map(i64::to_string).unwrap_or_default();
-    let (mut total, mut different) = (0, BTreeSet::new());
+    let mut handled = Vec::new();
     for last in ["crash", &last] {
         let mut worker = Command::new(std::env::current_exe()?);
-        worker.args(["worker", topic, last]);
-        worker.stderr(Stdio::inherit()).kill_on_drop(true);
-        let ended = timeout(12 * TIMEOUT, worker.output()).await;
+        worker.args([topic, last]).kill_on_drop(true);
+        let ended = timeout(12 * TIMEOUT, worker.stderr(Stdio::inherit()).output()).await;
         let ended = ended.context("a worker has waited for its orders for too long")??;
-        let status = ended.status;
-        let crashed = last == "crash" && status.code().is_none();
-        ensure!(crashed || status.success(), "a worker failed: {status}");
+        let crashed = last == "crash" && ended.status.code().is_none();
+        ensure!(crashed || ended.status.success(), "a worker failed");
         let offsets = String::from_utf8(ended.stdout)?;
         let offsets = offsets.lines().flat_map(str::parse::<i64>);
-        let handled: Vec<i64> = offsets.filter(|order| sent.contains(order)).collect();
-        total += handled.len();
-        different.extend(handled);
+        handled.extend(offsets.filter(|order| sent.contains(order)));
     }
-    let (lost, again) = (sent.len() - different.len(), total - different.len());
-    Ok(format!(
-        "{ORDERS} orders sent, {lost} lost, {again} handled again"
-    ))
+    let different = handled.iter().collect::<BTreeSet<_>>().len();
+    let (lost, repeated) = (ORDERS - different, handled.len() - different);
+    Ok(format!("{ORDERS} orders: {lost} lost, {repeated} repeated"))
 }

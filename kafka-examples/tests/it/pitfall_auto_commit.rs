@@ -69,9 +69,9 @@ async fn a_second_member_that_joins_during_the_work_ends_no_worker_and_loses_no_
     });
     let sent = futures::future::try_join_all(sent).await;
     sent.map_err(|(error, _)| error)?;
-    let mut first = example(&kafka, &["worker", topic, "499"])?;
+    let mut first = example(&kafka, &[topic, "499"])?;
     first.wait_for("20", TIMEOUT)?;
-    let mut second = example(&kafka, &["worker", topic, "499"])?;
+    let mut second = example(&kafka, &[topic, "499"])?;
     let lost = first.wait_for("partition lost, order repeated", TIMEOUT)?;
     // One of them gets the partition and ends after the last order. The other waits.
     let (mut finisher, mut other) = loop {
