@@ -1,27 +1,22 @@
 //! Send dead letters back once their cause is gone, and delete them from the dead-letter topic
 //!
-//! Each dead letter of `kafka_retry_dlq` is written to the payments topic, with its key, payload and headers, and then
-//! deleted. At least once: a crash between the two replays one letter twice. A letter is never deleted unwritten.
+//! Each dead letter of `kafka_retry_dlq` is written to the payments topic, with its key, payload and headers. It is
+//! deleted only after this copy is written. At least once: a crash between the two replays one letter twice.
 //!
 //! ```console
-//! $ cargo lab run kafka_send -p 0 retry-dlq.payments '{' '{"amount":5}'
+//! $ cargo lab run kafka_send -p 0 retry-dlq.payments.dlq '{' '{"amount":5}'
 //! ...
-//! 1$ cargo lab run kafka_retry_dlq
-//! ...
-//! {"amount":5}: attempt 1 failed: missing field `fails`[..]; moved to retry-dlq.payments.dlq
-//! 1^C
-//! left the group
 //! $ cargo lab run kafka_dlq_replay
-//! ...
+//! retry-dlq.payments.dlq/0/0: replayed
+//! retry-dlq.payments.dlq/0/1: replayed
 //! replayed: 2
 //! $ cargo lab run kafka_dlq_replay
 //! replayed: 0
 //! ```
 //!
 //! Notice:
-//! - It ends at the letters that were there at its start, so it does not replay letters that its replays cause.
-//! - The topic itself keeps the position. A group's offsets would expire, and all letters would be replayed again.
-//! - Deletion needs the permission DELETE. Without it, the program ends before it replays anything.
+//! - It replays only letters that existed at its start. A replay can cause a new letter, which is not replayed.
+//! - It needs no group. The offsets of a group can expire, and then all letters would be replayed again.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_retry_dlq, kafka_tail.
 
@@ -31,49 +26,48 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
-use rdkafka::consumer::{Consumer, StreamConsumer};
+use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
-use rdkafka::message::{BorrowedHeaders, BorrowedMessage, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
-use tokio::time::timeout;
 
 const PAYMENTS: &str = "retry-dlq.payments";
-const DEAD_LETTERS: &str = "retry-dlq.payments.dlq";
+const DLQ: &str = "retry-dlq.payments.dlq";
 const TIMEOUT: Duration = Duration::from_secs(5);
+
+type Admin = AdminClient<DefaultClientContext>;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", &brokers);
-    let admin: AdminClient<DefaultClientContext> = config.create()?;
+    let admin: Admin = config.create()?;
     let producer: FutureProducer = config
         .clone()
-        .set("linger.ms", "0")
         .set("message.timeout.ms", "30000")
-        // The client checks the size before it compresses, the broker afterwards.
+        // The client checks the size before compression, the broker after it.
         .set("compression.type", "zstd")
         .set("message.max.bytes", "1000000000")
         .create()?;
-    let consumer: StreamConsumer = config
-        // The client wants a name here, although no group is joined and nothing is committed.
-        .set("group.id", "kafka_dlq_replay")
+    let consumer: BaseConsumer = config
+        .set("group.id", "kafka_dlq_replay") // required, although this program joins no group
         .set("enable.auto.commit", "false")
         .set("enable.partition.eof", "true")
         .create()?;
-    let hint = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
-    let metadata = consumer.fetch_metadata(Some(DEAD_LETTERS), TIMEOUT);
-    let metadata = metadata.context(hint)?;
-    let topics = metadata.topics().iter();
-    // All ends are taken before the first replay, which can cause a new letter in any partition.
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    let metadata = consumer.fetch_metadata(Some(DLQ), TIMEOUT).context(tip)?;
+    // Read all ends first: a replay can cause a new letter in any partition.
     let mut ranges = Vec::new();
+    let topics = metadata.topics().iter();
     for partition in topics.flat_map(|topic| topic.partitions()) {
-        let (start, end) = consumer.fetch_watermarks(DEAD_LETTERS, partition.id(), TIMEOUT)?;
+        let (start, end) = consumer.fetch_watermarks(DLQ, partition.id(), TIMEOUT)?;
         ranges.push((partition.id(), start..end));
     }
     let mut replayed = 0;
     for (partition, offsets) in ranges {
+        // This deletes nothing. It fails if the permission DELETE is missing.
+        delete_before(offsets.start, partition, &admin).await?;
         replayed += replay(partition, offsets, &consumer, &producer, &admin).await?;
     }
     println!("replayed: {replayed}");
@@ -84,22 +78,25 @@ async fn main() -> anyhow::Result<()> {
 async fn replay(
     partition: i32,
     offsets: Range<i64>,
-    consumer: &StreamConsumer,
+    consumer: &BaseConsumer,
     producer: &FutureProducer,
-    admin: &AdminClient<DefaultClientContext>,
+    admin: &Admin,
 ) -> anyhow::Result<usize> {
-    // Deletes nothing, but fails without the permission.
-    delete_before(offsets.start, partition, admin).await?;
     let mut at = TopicPartitionList::new();
-    at.add_partition_offset(DEAD_LETTERS, partition, Offset::Offset(offsets.start))?;
+    at.add_partition_offset(DLQ, partition, Offset::Offset(offsets.start))?;
     consumer.assign(&at)?;
     for replayed in 0.. {
-        let received = timeout(TIMEOUT, consumer.recv()).await;
-        match received.with_context(|| format!("cannot read {DEAD_LETTERS}/{partition}"))? {
+        match consumer.poll(TIMEOUT).context("no answer for 5 seconds")? {
             Ok(letter) if letter.offset() < offsets.end => {
-                send(&letter, producer).await?;
-                delete_before(letter.offset() + 1, partition, admin).await?;
-                println!("{DEAD_LETTERS}/{partition}/{}: replayed", letter.offset());
+                let offset = letter.offset();
+                let mut record = FutureRecord::<[u8], [u8]>::to(PAYMENTS);
+                record.headers = letter.headers().map(|all| all.detach());
+                (record.key, record.payload) = (letter.key(), letter.payload());
+                let sent = producer.send(record, TIMEOUT).await;
+                let sent = sent.map_err(|(error, _)| error);
+                sent.with_context(|| format!("offset {offset} is not confirmed, so it is kept"))?;
+                delete_before(offset + 1, partition, admin).await?;
+                println!("{DLQ}/{partition}/{offset}: replayed");
             }
             Ok(_) | Err(KafkaError::PartitionEOF(_)) => return Ok(replayed),
             Err(error) => return Err(error.into()),
@@ -108,31 +105,13 @@ async fn replay(
     Ok(0)
 }
 
-async fn send(letter: &BorrowedMessage<'_>, producer: &FutureProducer) -> anyhow::Result<()> {
-    let headers = letter.headers();
-    let headers = headers.map_or_else(OwnedHeaders::new, BorrowedHeaders::detach);
-    let mut record = FutureRecord::<[u8], [u8]>::to(PAYMENTS).headers(headers);
-    (record.key, record.payload) = (letter.key(), letter.payload());
-    let sent = producer.send(record, TIMEOUT).await;
-    let sent = sent.map_err(|(error, _)| error);
-    sent.with_context(|| format!("cannot replay offset {}; it is kept", letter.offset()))?;
-    Ok(())
-}
-
 /// Deletes the letters before this offset.
-async fn delete_before(
-    offset: i64,
-    partition: i32,
-    admin: &AdminClient<DefaultClientContext>,
-) -> anyhow::Result<()> {
+async fn delete_before(offset: i64, partition: i32, admin: &Admin) -> anyhow::Result<()> {
     let mut list = TopicPartitionList::new();
-    list.add_partition_offset(DEAD_LETTERS, partition, Offset::Offset(offset))?;
+    list.add_partition_offset(DLQ, partition, Offset::Offset(offset))?;
     let options = AdminOptions::new().request_timeout(Some(TIMEOUT));
     let deleted = admin.delete_records(&list, &options).await?;
     let refused = deleted.elements().iter().find_map(|at| at.error().err());
-    ensure!(
-        refused.is_none(),
-        "cannot delete from {DEAD_LETTERS}: {refused:?}"
-    );
+    ensure!(refused.is_none(), "cannot delete from {DLQ}: {refused:?}");
     Ok(())
 }
