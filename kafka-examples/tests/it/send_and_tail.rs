@@ -92,7 +92,7 @@ fn lines_without_a_key_are_refused_and_the_exit_status_says_it() -> Result<()> {
         ended.stderr
     );
     assert!(
-        ended.stderr.contains("1 of 3 records not confirmed"),
+        ended.stderr.contains("1 records are not confirmed"),
         "{}",
         ended.stderr
     );
@@ -174,6 +174,27 @@ fn sigterm_ends_the_reader() -> Result<()> {
     reader.wait_for(": two", TIMEOUT)?;
     reader.terminate()?;
     reader.wait(TIMEOUT)?.ok()?;
+    Ok(())
+}
+
+/// The reader has no group and commits nothing, so its close does not wait for a broker.
+#[test]
+fn a_signal_ends_the_reader_although_the_broker_died() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    send(&kafka, &["followed", "one"], b"")?.ok()?;
+    let reader = || Example::new(env!("CARGO_BIN_EXE_kafka_tail"));
+    let mut first = reader().args(["followed"]).broker(&kafka).spawn()?;
+    let mut second = reader().args(["followed"]).broker(&kafka).spawn()?;
+    first.wait_for(": one", TIMEOUT)?;
+    second.wait_for(": one", TIMEOUT)?;
+    kafka.kill(1)?;
+    // The first ends before it knows of the outage, or soon after. The second has tried to connect again.
+    first.interrupt()?;
+    first.wait(TIMEOUT)?.ok()?;
+    let refused = |line: &str| line.contains("Connection refused");
+    second.wait_for_line(refused, "an attempt to connect", TIMEOUT)?;
+    second.terminate()?;
+    second.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
