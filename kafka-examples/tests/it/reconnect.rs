@@ -60,9 +60,9 @@ fn an_outage_loses_repeats_and_reorders_no_tick() -> Result<()> {
         .collect();
     assert_eq!(confirmed, written);
     assert!(written.len() > 20, "{written:?}");
-    // At the start of an outage the client can log more than once, but not several times per second.
+    // For both outages together: the client does not log each attempt to connect.
     let logged = ended.stderr.lines().count();
-    assert!(logged <= 20, "{}", ended.stderr);
+    assert!((1..=12).contains(&logged), "{}", ended.stderr);
     Ok(())
 }
 

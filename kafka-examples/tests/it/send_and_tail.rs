@@ -9,6 +9,9 @@ use compose::{Broker, Service};
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::message::{Headers, Message};
+use rdkafka::mocking::MockCluster;
+use rdkafka::types::RDKafkaApiKey;
+use rdkafka::types::RDKafkaRespErr::*;
 use rdkafka::{ClientConfig, TopicPartitionList};
 
 use crate::administrator::create_topic;
@@ -127,6 +130,33 @@ async fn a_refusal_is_told_from_an_unknown_result() -> Result<()> {
         "{}",
         ended.stderr
     );
+    Ok(())
+}
+
+/// The broker answers with an error that is a refusal, and with one that the program does not list.
+#[test]
+fn only_a_listed_error_is_called_a_refusal() -> Result<()> {
+    for (error, told) in [
+        (RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED, "refused"),
+        (RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED, "refused"),
+        (
+            RD_KAFKA_RESP_ERR_POLICY_VIOLATION,
+            "may or may not be written",
+        ),
+    ] {
+        for (program, args) in [
+            (env!("CARGO_BIN_EXE_kafka_send"), &["topic", "x"][..]),
+            (env!("CARGO_BIN_EXE_kafka_async_producer"), &[]),
+        ] {
+            let kafka = MockCluster::new(1)?;
+            kafka.request_errors(RDKafkaApiKey::Produce, &[error]);
+            let example = Example::new(program).args(args);
+            let example = example.env("KAFKA_BROKERS", kafka.bootstrap_servers());
+            let ended = example.spawn()?.wait(TIMEOUT)?;
+            assert_eq!(ended.code(), 1, "{}", ended.stdout);
+            assert!(ended.stderr.contains(told), "{error:?}: {}", ended.stderr);
+        }
+    }
     Ok(())
 }
 
