@@ -41,7 +41,7 @@ fn connect(address: &str) -> Result<TcpStream> {
 fn ask(stream: &mut TcpStream, body: &[u8]) -> Result<()> {
     let length = body.len();
     let head = format!(
-        "POST /orders HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
+        "POST /orders HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
     );
     stream.write_all(head.as_bytes())?;
     // The service can refuse a large body before it has read it.
@@ -96,11 +96,8 @@ fn accepted_order_is_at_the_place_in_the_answer() -> Result<()> {
     for ((status, body), id) in answers {
         assert_eq!(status, 202, "{body}");
         let record = records.iter().find(|record| {
-            body == format!(
-                r#"{{"offset":{},"partition":{}}}"#,
-                record.offset(),
-                record.partition()
-            )
+            let (partition, offset) = (record.partition(), record.offset());
+            body == format!("partition {partition} offset {offset}")
         });
         let record = record.with_context(|| format!("no record at {body}"))?;
         assert_eq!(record.key(), Some(id.as_bytes()));
@@ -127,15 +124,15 @@ async fn invalid_and_large_orders_are_refused_and_not_written() -> Result<()> {
     admin.create_topics([&topic], &AdminOptions::new()).await?;
     let mut service = example().broker(&kafka).spawn()?;
     let address = address(&mut service)?;
-    let (large, huge) = (order(&"x".repeat(5_000)), order(&"x".repeat(100_000)));
+    let (large, huge) = (order(&"x".repeat(5_000)), order(&"x".repeat(3_000_000)));
     for (body, expected) in [
         ("", 400),
         ("{", 400),
-        ("[]", 400),
-        (r#"{"order_id":"order-1"}"#, 400),
-        (r#"{"order_id":1,"amount_cents":995}"#, 400),
-        (r#"{"order_id":"order-1","amount_cents":-1}"#, 400),
-        (r#"{"order_id":"order-1","amount_cents":9.95}"#, 400),
+        ("[]", 422),
+        (r#"{"order_id":"order-1"}"#, 422),
+        (r#"{"order_id":1,"amount_cents":995}"#, 422),
+        (r#"{"order_id":"order-1","amount_cents":-1}"#, 422),
+        (r#"{"order_id":"order-1","amount_cents":9.95}"#, 422),
         (large.as_str(), 413),
         (huge.as_str(), 413),
     ] {
@@ -236,7 +233,7 @@ fn await_closed(address: &str) -> Result<()> {
 fn begin(address: &str, length: usize) -> Result<TcpStream> {
     let mut stream = connect(address)?;
     let head = format!(
-        "POST /orders HTTP/1.1\r\nHost: test\r\nConnection: close\r\nExpect: 100-continue\r\nContent-Length: {length}\r\n\r\n"
+        "POST /orders HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Type: application/json\r\nExpect: 100-continue\r\nContent-Length: {length}\r\n\r\n"
     );
     stream.write_all(head.as_bytes())?;
     let mut answer = [0; 25];
@@ -280,7 +277,7 @@ fn unusable_port_is_refused() -> Result<()> {
     let kafka = shared::kafka(&["kafka_web_service"])?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let taken = listener.local_addr()?.port().to_string();
-    let refused = format!("Error: cannot listen at port {taken}; PORT");
+    let refused = format!("Error: cannot listen at PORT {taken}");
     for (port, message) in [
         (taken.as_str(), refused.as_str()),
         ("http", "Error: PORT is not a port"),
