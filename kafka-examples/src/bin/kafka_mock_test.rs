@@ -1,35 +1,28 @@
 //! Unit tests without Kafka: a worker is tested on librdkafka's mock cluster
 //!
-//! The worker copies greetings to another topic and commits a greeting when its copy is confirmed: at least once. Its tests
-//! start a mock cluster in the test process, and let it answer with errors that a real broker gives rarely. The mock
-//! guarantees nothing about a real broker: use it for the program's reactions, and a real broker for its guarantees.
-//! (kafka_mock_cluster is the same mock as a program of its own, for examples that connect to a broker.)
+//! The worker copies greetings to another topic, and commits a greeting when its copy is confirmed: at least once. The
+//! tests start a mock cluster in the test process, and make it return errors that are rare on a real broker. Test the
+//! program's reactions on the mock. Test guarantees on a real broker.
 //!
 //! ```console
 //! $ cargo lab run kafka_mock_test
-//! the mock cluster refuses the first copy with NotEnoughReplicas
 //! copied: HELLO
-//! copied: GOOD BYE
 //! ```
 //!
 //! Notice:
-//! - `request_errors` gives the errors for the next requests of one kind. The client handles some of them by itself.
-//! - `create_topic` creates a topic. A producer does so at its first record, the admin API cannot.
-//! - Aborted transactions stay visible, and nothing is stored on disk.
+//! - `request_errors` sets the errors that the next requests of one kind get. The client itself retries some of them.
+//! - `create_topic` creates a topic. The admin API of the mock cannot.
 //!
-//! Try: `cargo test --bin kafka_mock_test`. Commit before the copy is confirmed, and see a test fail.
-//!
-//! Settings: RUST_LOG. See also: kafka_mock_cluster, kafka_manual_commit.
+//! Try: `cargo test --bin kafka_mock_test`. Remove the line with `seek`, and see a test fail. Settings: none. See also:
+//! kafka_manual_commit, kafka_mock_cluster (the same mock as a program).
 
 use std::time::Duration;
 
-use anyhow::Context;
-use rdkafka::ClientConfig;
+use anyhow::{Context, Result};
 use rdkafka::consumer::{CommitMode, Consumer, StreamConsumer};
-use rdkafka::message::Message;
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{FutureProducer, FutureRecord};
-use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
+use rdkafka::{ClientConfig, Message, Offset};
 use tokio::time::timeout;
 
 const INPUT: &str = "mock-greetings";
@@ -37,24 +30,13 @@ const OUTPUT: &str = "mock-greetings-loud";
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
-    let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
-    let log = tracing_subscriber::fmt().with_env_filter(filter);
-    log.with_writer(std::io::stderr).init();
+async fn main() -> Result<()> {
     let cluster = MockCluster::new(3)?;
-    // Before the worker subscribes: a topic that does not exist is an error for a consumer.
+    // Create the topic before the worker subscribes. Otherwise the consumer returns an error.
     cluster.create_topic(INPUT, 1, 1)?;
     let worker = Worker::new(&cluster.bootstrap_servers())?;
-    for greeting in ["hello", "good bye"] {
-        worker.send(INPUT, greeting).await?;
-    }
-    println!("the mock cluster refuses the first copy with NotEnoughReplicas");
-    let error = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS;
-    cluster.request_errors(RDKafkaApiKey::Produce, &[error]);
-    for _ in 0..2 {
-        println!("copied: {}", worker.copy_one().await?);
-    }
+    worker.send(INPUT, "hello").await?;
+    println!("copied: {}", worker.copy_one().await?);
     Ok(())
 }
 
@@ -64,7 +46,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(brokers: &str) -> anyhow::Result<Worker> {
+    fn new(brokers: &str) -> Result<Worker> {
         let mut config = ClientConfig::new();
         config.set("bootstrap.servers", brokers);
         let producer = config.clone().set("enable.idempotence", "true").create()?;
@@ -78,85 +60,66 @@ impl Worker {
     }
 
     /// The work: copies the next greeting, and commits it when the copy is confirmed.
-    async fn copy_one(&self) -> anyhow::Result<String> {
+    async fn copy_one(&self) -> Result<String> {
         let received = timeout(TIMEOUT, self.consumer.recv()).await;
         let greeting = received.context("no greeting has arrived")??;
         let text = String::from_utf8_lossy(greeting.payload().unwrap_or_default());
         let copy = text.to_uppercase();
-        self.send(OUTPUT, &copy).await?;
+        if let Err(error) = self.send(OUTPUT, &copy).await {
+            // The next call must not commit a later greeting, so it gets this one again.
+            let (partition, offset) = (greeting.partition(), Offset::Offset(greeting.offset()));
+            self.consumer.seek(INPUT, partition, offset, TIMEOUT)?;
+            return Err(error);
+        }
         self.consumer.commit_message(&greeting, CommitMode::Sync)?;
         Ok(copy)
     }
 
-    async fn send(&self, topic: &str, text: &str) -> anyhow::Result<()> {
+    async fn send(&self, topic: &str, text: &str) -> Result<()> {
         let record = FutureRecord::<(), str>::to(topic).payload(text);
         let sent = self.producer.send(record, TIMEOUT).await;
-        sent.map_err(|(error, _)| error)
-            .with_context(|| format!("{text} is not written to {topic}"))?;
-        Ok(())
+        Ok(sent.map(drop).map_err(|(error, _)| error)?)
     }
 }
 
+/// The pattern: each test has its own cluster, chooses the errors that it returns, and checks what the worker does.
 #[cfg(test)]
 mod tests {
-    use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-    use rdkafka::{ClientContext, Offset};
+    use rdkafka::producer::DefaultProducerContext;
+    use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 
     use super::*;
 
-    async fn worker_with_a_greeting<C: ClientContext>(cluster: &MockCluster<'_, C>) -> Worker {
-        for topic in [INPUT, OUTPUT] {
-            cluster.create_topic(topic, 1, 1).unwrap();
-        }
+    type Cluster = MockCluster<'static, DefaultProducerContext>;
+    const TEMPORARY: RDKafkaRespErr = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS;
+    const REFUSAL: RDKafkaRespErr = RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+
+    #[tokio::test]
+    async fn client_retries_a_temporary_error_but_not_a_refusal() {
+        let (_cluster, worker) = start(&[TEMPORARY, TEMPORARY, REFUSAL]).await;
+        let error = worker.copy_one().await.unwrap_err().to_string();
+        assert!(error.contains("TopicAuthorizationFailed"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn refused_greeting_is_copied_by_the_next_call() {
+        let (_cluster, worker) = start(&[REFUSAL]).await;
+        let committed = || worker.consumer.committed(TIMEOUT).unwrap().elements()[0].offset();
+        worker.copy_one().await.unwrap_err();
+        assert_eq!(committed(), Offset::Invalid);
+        assert_eq!(worker.copy_one().await.unwrap(), "HELLO");
+        assert_eq!(committed(), Offset::Offset(1));
+    }
+
+    /// A worker with two greetings. The requests that write the copies get these errors.
+    async fn start(errors: &[RDKafkaRespErr]) -> (Cluster, Worker) {
+        let cluster = MockCluster::new(1).unwrap();
+        cluster.create_topic(INPUT, 1, 1).unwrap();
         let worker = Worker::new(&cluster.bootstrap_servers()).unwrap();
-        worker.send(INPUT, "hello").await.unwrap();
-        worker
-    }
-
-    /// `None` when the group has committed nothing.
-    fn committed(worker: &Worker) -> Option<Offset> {
-        let offsets = worker.consumer.committed(TIMEOUT).unwrap();
-        let mut offsets = offsets.elements().into_iter().map(|at| at.offset());
-        offsets.find(|offset| *offset != Offset::Invalid)
-    }
-
-    fn copies(worker: &Worker) -> i64 {
-        let (_, end) = worker
-            .consumer
-            .fetch_watermarks(OUTPUT, 0, TIMEOUT)
-            .unwrap();
-        end
-    }
-
-    #[tokio::test]
-    async fn greeting_is_copied_and_committed() {
-        let cluster = MockCluster::new(1).unwrap();
-        let worker = worker_with_a_greeting(&cluster).await;
-        assert_eq!(worker.copy_one().await.unwrap(), "HELLO");
-        assert_eq!(copies(&worker), 1);
-        assert_eq!(committed(&worker), Some(Offset::Offset(1)));
-    }
-
-    #[tokio::test]
-    async fn temporary_error_is_retried_by_the_client() {
-        let cluster = MockCluster::new(1).unwrap();
-        let worker = worker_with_a_greeting(&cluster).await;
-        let error = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS;
-        cluster.request_errors(RDKafkaApiKey::Produce, &[error; 3]);
-        assert_eq!(worker.copy_one().await.unwrap(), "HELLO");
-        assert_eq!(copies(&worker), 1);
-    }
-
-    #[tokio::test]
-    async fn refused_copy_is_not_committed() {
-        let cluster = MockCluster::new(1).unwrap();
-        let worker = worker_with_a_greeting(&cluster).await;
-        let error = RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
-        cluster.request_errors(RDKafkaApiKey::Produce, &[error]);
-        let error = worker.copy_one().await.unwrap_err();
-        let code = RDKafkaErrorCode::TopicAuthorizationFailed;
-        let refused = KafkaError::MessageProduction(code);
-        assert_eq!(error.downcast_ref(), Some(&refused));
-        assert_eq!(committed(&worker), None);
+        for greeting in ["hello", "good bye"] {
+            worker.send(INPUT, greeting).await.unwrap();
+        }
+        cluster.request_errors(RDKafkaApiKey::Produce, errors);
+        (cluster, worker)
     }
 }
