@@ -27,8 +27,9 @@ fn post(kafka: &Broker) -> Result<String> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     let body = r#"{"order_id":"order-1","amount_cents":995}"#;
-    let head = "POST /orders HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: ";
-    write!(stream, "{head}{}\r\n\r\n{body}", body.len())?;
+    let head = "POST /orders HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Type: application/json";
+    let length = body.len();
+    write!(stream, "{head}\r\nContent-Length: {length}\r\n\r\n{body}")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     service.terminate()?;
@@ -54,11 +55,12 @@ fn program_without_permission_works_or_tells_the_reason() -> Result<()> {
     let tracing = env!("CARGO_BIN_EXE_kafka_tracing");
     let metrics = env!("CARGO_BIN_EXE_kafka_metrics");
     let topic_admin = env!("CARGO_BIN_EXE_kafka_admin");
+    let topic_config = env!("CARGO_BIN_EXE_kafka_topic_config");
     let offsets = env!("CARGO_BIN_EXE_kafka_offsets");
     let monitor = env!("CARGO_BIN_EXE_kafka_lag_monitor");
 
     // The topics do not exist, and the programs may not create them.
-    for program in [tracing, metrics, topic_admin] {
+    for program in [tracing, metrics, topic_admin, topic_config] {
         let ended = start(program, &[])?.wait(TIMEOUT)?;
         let (stdout, stderr) = (&ended.stdout, &ended.stderr);
         assert_eq!(ended.code(), 1, "{program}: {stdout}{stderr}");
@@ -85,6 +87,7 @@ fn program_without_permission_works_or_tells_the_reason() -> Result<()> {
             "traced-orders",
             "metered-orders",
             "admin-demo",
+            "topic-config-demo",
             "web-orders",
         ];
         let created = topics.map(|topic| {
@@ -101,7 +104,7 @@ fn program_without_permission_works_or_tells_the_reason() -> Result<()> {
         .set("bootstrap.servers", kafka.address())
         .create()?;
     let deadline = Instant::now() + TIMEOUT;
-    while client.fetch_metadata(None, TIMEOUT)?.topics().len() < 4 {
+    while client.fetch_metadata(None, TIMEOUT)?.topics().len() < 5 {
         ensure!(Instant::now() < deadline, "the topics are not shown");
         thread::sleep(Duration::from_millis(50));
     }
@@ -123,9 +126,14 @@ fn program_without_permission_works_or_tells_the_reason() -> Result<()> {
         "{}",
         ended.stdout
     );
+    let reason = format!("Error: admin-demo: {DENIED}");
+    ensure!(ended.stderr.starts_with(&reason), "{}", ended.stderr);
+
     // rdkafka shows a refused description as an empty one, and writing that back would reset the topic.
-    let reason = "Error: cannot describe admin-demo: DescribeConfigs not permitted";
-    ensure!(ended.stderr.starts_with(reason), "{}", ended.stderr);
+    let ended = start(topic_config, &[])?.wait(TIMEOUT)?;
+    assert_eq!(ended.code(), 1);
+    let reason = "Error: cannot describe topic-config-demo: is it permitted?";
+    ensure!(ended.stderr.contains(reason), "{}", ended.stderr);
 
     let moved = start(offsets, &["group", "web-orders", "beginning"])?;
     let moved = { moved }.wait(TIMEOUT)?.ok()?.stdout;
