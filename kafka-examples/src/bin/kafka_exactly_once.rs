@@ -1,8 +1,8 @@
 //! Exactly once: consume, transform and produce in Kafka transactions
 //!
-//! Orders become invoices. The invoices of a batch, its dead letters and the group's offsets are one transaction: all of
-//! them are written or none. A `read_committed` consumer sees each result once, in order per key, although this program
-//! may be killed. It holds from Kafka to Kafka: an effect elsewhere, such as a mail, is repeated when its batch is.
+//! Orders become invoices. The invoices of a batch, its dead letters and the group's offsets are one transaction: all
+//! of them are written or none. A `read_committed` consumer sees each result once, in order per key, even if this
+//! program is killed. This is true only inside Kafka: another effect, such as a mail, can be repeated.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_send -p 0 exactly-once.orders '{"order_id":"1","cents":5}' nonsense
@@ -10,7 +10,7 @@
 //! 1$ cargo lab run kafka_exactly_once
 //! working as exactly-once-1
 //! exactly-once.orders/0/1 is not an order: expected ident at line 1 column 2
-//! committed: 2 orders
+//! committed: 2 records
 //! 2$ cargo lab run kafka_exactly_once
 //! working as exactly-once-1
 //! 1:
@@ -19,22 +19,21 @@
 //! ```
 //!
 //! Notice:
-//! - Orders are transformed before the transaction begins: a bad order needs no abort, slow work no long transaction.
 //! - The second program takes over the `transactional.id`. The first is fenced: it ends, and its batch is not written.
-//! - An error of a commit does not tell whether it happened. A new producer settles that; then offsets are read again.
-//! - The same order sent twice makes two invoices: Kafka counts records. kafka_idempotent_consumer counts orders.
+//! - Kafka deduplicates records, not orders. If an order is sent twice: kafka_idempotent_consumer.
+//! - An invoice that is too large for its topic ends the program, and a restart meets it again.
 //!
-//! Try: `kill -9` it while it works on many orders, start it again, and count. Settings: KAFKA_BROKERS (localhost:9092),
-//! TRANSACTIONAL_ID (exactly-once-1; programs that share the work need one each), RUST_LOG. See also: order_pipeline.
+//! Try: `kill -9` it while it works on many orders, and start it again. Settings: KAFKA_BROKERS (localhost:9092),
+//! TRANSACTIONAL_ID (exactly-once-1; one for each program that shares the work), RUST_LOG. See also: order_pipeline.
 
-use std::pin::Pin;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use futures::future::try_join_all;
+use futures::FutureExt;
+use futures::future::{BoxFuture, Select, select, try_join_all};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerGroupMetadata, StreamConsumer};
-use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode::*};
 use rdkafka::message::{Header, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
@@ -48,64 +47,61 @@ const ORDERS: &str = "exactly-once.orders";
 const INVOICES: &str = "exactly-once.invoices";
 const DEAD_LETTERS: &str = "exactly-once.orders.dlq";
 const GROUP: &str = "exactly-once";
-/// A transaction has this many orders, or those that come within this time after the first.
+/// A transaction has at most this many orders, and waits for them no longer than this.
 const BATCH: usize = 100;
 const BATCH_TIME: Duration = Duration::from_millis(200);
 const TIMEOUT: Duration = Duration::from_secs(5);
 type Clients = (FutureProducer, StreamConsumer);
-/// This member of the group as it was at the first order, and the outputs with partition and offset of their orders.
+/// The group membership at the first order, and the outputs. Each output has the partition and offset of its order.
 type Batch = (ConsumerGroupMetadata, Vec<OwnedMessage>);
-type Shutdown = Pin<Box<dyn Future<Output = std::io::Result<()>>>>;
+type Stop<'a> = Select<BoxFuture<'a, Option<()>>, BoxFuture<'a, Option<()>>>;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // The client logs why it reconnects. RUST_LOG chooses how much is shown.
     let filter = std::env::var("RUST_LOG").unwrap_or("error,rdkafka::client=off".into());
     let log = tracing_subscriber::fmt().with_env_filter(filter);
-    log.with_writer(std::io::stderr).init();
+    log.with_writer(std::io::stderr).init(); // the client logs why it reconnects
     let brokers = std::env::var("KAFKA_BROKERS").unwrap_or_else(|_| "localhost:9092".into());
     let id = std::env::var("TRANSACTIONAL_ID").unwrap_or_else(|_| "exactly-once-1".into());
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", &brokers);
     let client: BaseConsumer = config.create()?;
-    let answer = client.fetch_metadata(Some(ORDERS), TIMEOUT);
-    answer.with_context(|| {
-        format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one")
-    })?;
-    let mut stop: Shutdown = Box::pin(shutdown());
+    let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
+    client.fetch_metadata(Some(ORDERS), TIMEOUT).context(tip)?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut stop = select(interrupt.recv().boxed(), terminate.recv().boxed());
     while let Err(error) = run(&config, &id, &mut stop).await {
         if error.downcast_ref().is_none_or(is_final) {
             return Err(error);
         }
         eprintln!("starting again from the committed offsets: {error:#}");
-        if let Ok(signal) = timeout(Duration::from_millis(500), &mut stop).await {
-            return Ok(signal?);
+        if timeout(Duration::from_millis(500), &mut stop).await.is_ok() {
+            break;
         }
     }
     Ok(())
 }
 
-/// Works with a new producer and a new consumer, until Ctrl-C, SIGTERM or the first error.
-async fn run(config: &ClientConfig, id: &str, stop: &mut Shutdown) -> anyhow::Result<()> {
+/// Works until Ctrl-C, SIGTERM or the first error. After a failed commit, the result is unknown: the next producer ends
+/// the transaction, and the next consumer reads the committed offsets.
+async fn run(config: &ClientConfig, id: &str, stop: &mut Stop<'_>) -> anyhow::Result<()> {
     let clients = block_in_place(|| connect(config.clone(), id))?;
     println!("working as {id}");
     let mut worked = work(&clients, stop).await;
-    // After it was fenced, every call only says that there was a fatal error.
+    // After fencing, each call returns only `Fatal`. `fatal_error` has the reason.
     let fatal = clients.0.client().fatal_error();
     if let Some((code, _)) = fatal.or_else(|| clients.1.client().fatal_error())
         && is_final(&KafkaError::Global(code))
     {
         worked = worked.context(KafkaError::Global(code));
     }
-    // With the broker down, the close can hang (librdkafka issue 3740): wait no longer than TIMEOUT.
-    let (done, closed) = oneshot::channel();
-    thread::spawn(move || {
-        drop(clients);
-        done.send(())
-    });
+    // Leaves the group. With the broker down, this can hang (librdkafka issue 3740).
+    let (open, closed) = oneshot::channel::<()>();
+    thread::spawn(move || drop((clients, open)));
     let closed = timeout(TIMEOUT, closed).await;
     worked?;
-    Ok(closed.context("not closed: no broker answers")??)
+    closed.map(drop).context("cannot close: no broker answers")
 }
 
 fn connect(mut config: ClientConfig, id: &str) -> KafkaResult<Clients> {
@@ -113,9 +109,9 @@ fn connect(mut config: ClientConfig, id: &str) -> KafkaResult<Clients> {
         .clone()
         // The same after a restart, and used by one program at a time.
         .set("transactional.id", id)
-        // After that the broker aborts the transaction of a dead program. Until then the readers wait.
+        // If the program dies, the broker aborts its transaction after this time. Readers wait until then.
         .set("transaction.timeout.ms", "15000")
-        // The client checks this before it compresses, the broker afterwards: what could be read can be written.
+        // The client checks the size before compression, the broker after it. So allow any size here.
         .set("compression.type", "zstd")
         .set("message.max.bytes", "1000000000")
         .create()?;
@@ -123,9 +119,9 @@ fn connect(mut config: ClientConfig, id: &str) -> KafkaResult<Clients> {
     producer.init_transactions(TIMEOUT)?;
     let consumer: StreamConsumer = config
         .set("group.id", GROUP)
-        // A static member: after a crash it has its partitions back at once.
+        // A static member has its partitions back immediately after a crash. This id must be stable and unique, too.
         .set("group.instance.id", id)
-        // Also limits a join that a broker forgets when it restarts.
+        // This also limits a join request that a restarted broker has lost.
         .set("max.poll.interval.ms", "45000")
         .set("auto.offset.reset", "earliest")
         .set("enable.auto.commit", "false")
@@ -135,25 +131,25 @@ fn connect(mut config: ClientConfig, id: &str) -> KafkaResult<Clients> {
     Ok((producer, consumer))
 }
 
-async fn work((producer, consumer): &Clients, stop: &mut Shutdown) -> anyhow::Result<()> {
+async fn work((producer, consumer): &Clients, stop: &mut Stop<'_>) -> anyhow::Result<()> {
     loop {
         let batch = tokio::select! {
             biased;
             // The orders of an unfinished batch are read again at the next start.
-            signal = &mut *stop => return Ok(signal?),
+            _ = &mut *stop => return Ok(()),
             batch = gather(consumer) => batch?,
         };
         let Some(batch) = batch else { continue };
-        // A dead letter that is too large for its topic is written without its payload. This takes a third attempt: the
-        // sequence number of the second does not follow, as the broker has refused the first.
+        // A dead letter that is too large for its topic is written without its payload. The second attempt fails,
+        // because the broker refused the first and expects its sequence number. So there is a third.
         let mut too_large = false;
         for attempt in 1..=3 {
             let Err(error) = transact(producer, &batch, !too_large).await else {
-                println!("committed: {} orders", batch.1.len());
+                println!("committed: {} records", batch.1.len());
                 break;
             };
             let aborted = block_in_place(|| producer.abort_transaction(TIMEOUT)).is_ok();
-            too_large |= error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge);
+            too_large |= error.rdkafka_error_code() == Some(MessageSizeTooLarge);
             ensure!(aborted && too_large && attempt < 3, error);
         }
     }
@@ -195,7 +191,7 @@ async fn transact(producer: &FutureProducer, batch: &Batch, payloads: bool) -> K
     });
     let offsets = TopicPartitionList::from_topic_map(&next.collect())?;
     block_in_place(|| {
-        // After a failed delivery this fails too, and gives the reason.
+        // This fails after a failed delivery, with a better reason.
         producer.send_offsets_to_transaction(&offsets, member, TIMEOUT)?;
         sent.map_err(|(error, _)| error)?;
         producer.commit_transaction(TIMEOUT)
@@ -208,7 +204,7 @@ struct Order {
     cents: i64,
 }
 
-/// The work: the invoice of an order, or its dead letter. Bytes from a topic can be anything.
+/// The work: the invoice of an order, or its dead letter. A payload can be any bytes.
 fn transform(order: OwnedMessage) -> OwnedMessage {
     let parsed = serde_json::from_slice(order.payload().unwrap_or_default());
     let reason = match parsed.and_then(|order: Order| serde_json::to_vec(&order)) {
@@ -226,9 +222,8 @@ fn transform(order: OwnedMessage) -> OwnedMessage {
     letter.replace_headers(Some(headers))
 }
 
-/// Fencing, a missing permission, another group protocol or a wrong setting do not heal by trying again.
+/// Fencing, a missing permission, another group protocol and a wrong setting are final.
 fn is_final(error: &KafkaError) -> bool {
-    use RDKafkaErrorCode::*;
     let Some(code) = error.rdkafka_error_code() else {
         return true;
     };
@@ -237,13 +232,4 @@ fn is_final(error: &KafkaError) -> bool {
         || matches!(code, TopicAuthorizationFailed | GroupAuthorizationFailed)
         || matches!(code, ClusterAuthorizationFailed | MessageSizeTooLarge)
         || code == TransactionalIdAuthorizationFailed
-}
-
-/// Ctrl-C, or SIGTERM, which Docker, Kubernetes and systemd send.
-async fn shutdown() -> std::io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        interrupt = tokio::signal::ctrl_c() => interrupt,
-        _ = terminate.recv() => Ok(()),
-    }
 }

@@ -14,6 +14,7 @@ use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
+use crate::administrator::create_topic;
 use crate::ending::is_ending;
 use crate::reader::{await_markers, header, read, send_large};
 use crate::shared;
@@ -404,6 +405,25 @@ async fn dead_letter_that_is_too_large_is_written_without_its_payload() -> Resul
     let origin = header(&letters[0], "origin");
     assert_eq!(origin.as_deref(), Some("exactly-once.orders/0/0"));
     assert!(header(&letters[0], "trace").is_some());
+    Ok(())
+}
+
+/// The refusal is the reason, and not what follows from it. The position stays, so a restart meets the order again.
+#[tokio::test]
+async fn invoice_that_is_too_large_ends_the_program_with_its_reason() -> Result<()> {
+    let kafka = shared::kafka(&["kafka_exactly_once"])?;
+    // The marker at the end of a transaction has room, and the invoice has not, although it is compressed.
+    create_topic(&kafka, INVOICES, 4, &[("max.message.bytes", "300")]).await?;
+    let mut random = fastrand::Rng::with_seed(1);
+    let id: String = (0..1000).map(|_| random.alphanumeric()).collect();
+    let large = format!(r#"{{"order_id":"{id}","cents":1}}"#);
+    produce(&kafka, &[(None, Some(large.as_bytes()))]).await?;
+    let ended = worker(&kafka)?.wait(TIMEOUT)?;
+    assert_eq!(ended.code(), 1);
+    let error = ended.stderr.split("Error: ").nth(1).unwrap_or_default();
+    let reason = "Message size too large";
+    assert!(error.contains(reason), "{}", ended.stderr);
+    assert_eq!(left(&judge(&kafka, "read_uncommitted")?)?, 1);
     Ok(())
 }
 

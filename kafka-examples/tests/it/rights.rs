@@ -91,7 +91,7 @@ async fn existing_topics_are_enough_and_other_missing_permissions_end_the_progra
         sent.map_err(|(error, _)| error)?;
     }
     for (program, line) in [
-        (EXACTLY_ONCE, "committed: 2 orders"),
+        (EXACTLY_ONCE, "committed: 2 records"),
         (IDEMPOTENT_CONSUMER, "a: u +1 cents, balance 1"),
         (HEADERS_SCHEMA, "partition 4 offset 1: dead-lettered"),
     ] {
