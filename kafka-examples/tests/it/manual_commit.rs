@@ -38,15 +38,10 @@ fn send(kafka: &Broker, partition: &str, orders: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Ends the consumer, which leaves when its last commit was answered.
+/// Ends the consumer. Its close sends the commits that are left.
 fn stop(consumer: &mut Running) -> Result<()> {
     consumer.terminate()?;
-    let ended = consumer.wait(TIMEOUT)?.ok()?;
-    assert!(
-        ended.stdout.ends_with("left the group\n"),
-        "{}",
-        ended.stdout
-    );
+    consumer.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -133,35 +128,7 @@ async fn malformed_orders_are_dead_lettered_unchanged() -> Result<()> {
     Ok(())
 }
 
-/// Bytes that do not compress: with the headers of a dead letter, the record is larger than the topic allows.
-#[tokio::test]
-async fn an_order_too_large_for_the_dead_letter_topic_is_not_in_the_way() -> Result<()> {
-    let kafka = shared::kafka(&["kafka_manual_commit"])?;
-    send(&kafka, "0", &["order-0"])?;
-    let producer: FutureProducer = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .set("message.max.bytes", "2000000")
-        .create()?;
-    let mut huge = vec![0; 1_048_500];
-    fastrand::Rng::with_seed(1).fill(&mut huge);
-    let record = FutureRecord::<(), _>::to("reliable-orders");
-    let record = record.partition(0).payload(&huge);
-    let sent = producer.send(record, TIMEOUT).await;
-    sent.map_err(|(error, _)| error)?;
-    send(&kafka, "0", &["order-2"])?;
-
-    let mut consumer = consumer(&kafka)?;
-    consumer.wait_for("offset 2: order-2 processed", TIMEOUT)?;
-    stop(&mut consumer)?;
-    let letters = dead_letters(&kafka)?;
-    assert_eq!(letters.len(), 1);
-    assert_eq!(letters[0].payload(), None);
-    let origin = header(&letters[0], "origin");
-    assert_eq!(origin.as_deref(), Some("reliable-orders/0/1"));
-    Ok(())
-}
-
-/// The dead-letter topic takes nothing, so the position stays before the order that failed.
+/// Each dead letter is too large for its topic, so the position stays before the order that failed.
 #[tokio::test]
 async fn without_a_dead_letter_the_position_does_not_pass_the_order() -> Result<()> {
     let kafka = shared::kafka(&["kafka_manual_commit"])?;
@@ -177,8 +144,9 @@ async fn without_a_dead_letter_the_position_does_not_pass_the_order() -> Result<
         let ended = consumer(&kafka)?.wait(TIMEOUT)?;
         assert_eq!(ended.code(), 1);
         assert!(!ended.stdout.contains("order-2"), "{}", ended.stdout);
-        let said = "cannot dead-letter reliable-orders/0/1; it is processed again after a restart";
+        let said = "cannot dead-letter reliable-orders/0/1; a restart repeats it";
         assert!(ended.stderr.contains(said), "{}", ended.stderr);
+        assert!(ended.stderr.contains("MessageSizeTooLarge"));
         assert_eq!(committed(&kafka)?[0], 1);
     }
     let topic = ResourceSpecifier::Topic("reliable-orders.dlq");
@@ -186,7 +154,7 @@ async fn without_a_dead_letter_the_position_does_not_pass_the_order() -> Result<
     let altered = admin.alter_configs([&larger], &options).await?;
     assert!(altered.iter().all(Result::is_ok), "{altered:?}");
     let mut consumer = consumer(&kafka)?;
-    consumer.wait_for("offset 1: invalid-1 dead-lettered", TIMEOUT)?;
+    consumer.wait_for("offset 1: dead-lettered: invalid", TIMEOUT)?;
     consumer.wait_for("order-2 processed", TIMEOUT)?;
     stop(&mut consumer)?;
     assert_eq!(committed(&kafka)?[0], 3);
@@ -212,7 +180,7 @@ async fn no_permission_to_create_is_needed() -> Result<()> {
     }
     let mut consumer = consumer(&kafka)?;
     send(&kafka, "4", &["invalid-0", "order-1"])?;
-    consumer.wait_for("partition 4 offset 0: invalid-0 dead-lettered", TIMEOUT)?;
+    consumer.wait_for("partition 4 offset 0: dead-lettered", TIMEOUT)?;
     consumer.wait_for("order-1 processed", TIMEOUT)?;
     stop(&mut consumer)
 }
@@ -255,9 +223,11 @@ async fn after_sigkill_no_order_is_lost() -> Result<()> {
     let after = processed(second.lines());
     let all: BTreeSet<&String> = before.iter().chain(&after).collect();
     assert_eq!(all.len(), orders.len(), "lost");
-    // The second has read on from the positions, not from the beginning.
+    // The second has read on from the positions, not from the beginning. A commit that was on its way at the kill can
+    // have arrived after the positions were read.
     let start = |partition: usize| usize::try_from(positions[partition].max(0));
-    assert_eq!(after.len(), orders.len() - start(0)? - start(1)?);
+    let left = orders.len() - start(0)? - start(1)?;
+    assert!(after.len() <= left, "{} instead of {left}", after.len());
     assert_eq!(committed(&kafka)?[..2], [500, 500]);
     Ok(())
 }
