@@ -30,7 +30,7 @@ async fn main() -> Result<()> {
     // Install the handlers first, so that an early Ctrl-C or SIGTERM is not missed.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    // The cluster ends when this value is dropped.
+    // The pattern: a cluster inside this process. It ends when this value is dropped.
     let cluster = MockCluster::new(BROKERS).context("cannot start the mock cluster")?;
     println!("KAFKA_BROKERS={}", cluster.bootstrap_servers());
     println!("a mock of {BROKERS} brokers; Ctrl-C stops it and deletes its data");

@@ -77,10 +77,7 @@ async fn settings(admin: &Admin) -> anyhow::Result<Settings> {
                 .collect());
         }
         let in_time = Instant::now() < deadline;
-        ensure!(
-            in_time,
-            "cannot describe {TOPIC}: is it permitted?"
-        );
+        ensure!(in_time, "cannot describe {TOPIC}: is it permitted?");
         sleep(Duration::from_millis(50)).await;
     }
 }
