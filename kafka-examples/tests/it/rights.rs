@@ -9,13 +9,11 @@ use compose::{Broker, Service};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
-use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 
 use crate::administrator::tool;
 
 const EXACTLY_ONCE: &str = env!("CARGO_BIN_EXE_kafka_exactly_once");
-const HEADERS_SCHEMA: &str = env!("CARGO_BIN_EXE_kafka_headers_schema");
 const IDEMPOTENT_CONSUMER: &str = env!("CARGO_BIN_EXE_kafka_idempotent_consumer");
 const REQUEST_REPLY: &str = env!("CARGO_BIN_EXE_kafka_request_reply");
 
@@ -53,8 +51,6 @@ async fn existing_topics_are_enough_and_other_missing_permissions_end_the_progra
         "exactly-once.invoices",
         "exactly-once.orders.dlq",
         "idempotent-payments",
-        "schema-events",
-        "schema-events.dlq",
         "wait-requests",
         "wait-replies",
     ]
@@ -68,10 +64,6 @@ async fn existing_topics_are_enough_and_other_missing_permissions_end_the_progra
     )?;
 
     let producer: FutureProducer = config.create()?;
-    let version = OwnedHeaders::new().insert(Header {
-        key: "schema-version",
-        value: Some("1.0"),
-    });
     for (topic, payload) in [
         ("exactly-once.orders", r#"{"order_id":"a","cents":1}"#),
         ("exactly-once.orders", "bad"),
@@ -79,21 +71,17 @@ async fn existing_topics_are_enough_and_other_missing_permissions_end_the_progra
             "idempotent-payments",
             r#"{"payment_id":"a","user_id":"u","cents":1}"#,
         ),
-        ("schema-events", r#"{"order_id":"a","amount":1}"#),
-        ("schema-events", "bad"),
     ] {
         // All to one partition, so that they are one batch.
         let record = FutureRecord::<(), _>::to(topic)
             .partition(4)
             .payload(payload);
-        let record = record.headers(version.clone());
         let sent = producer.send(record, TIMEOUT).await;
         sent.map_err(|(error, _)| error)?;
     }
     for (program, line) in [
         (EXACTLY_ONCE, "committed: 2 records"),
         (IDEMPOTENT_CONSUMER, "a: u +1 cents, balance 1"),
-        (HEADERS_SCHEMA, "partition 4 offset 1: dead-lettered"),
     ] {
         let mut running = example(&kafka, program, folder).spawn()?;
         running.wait_for(line, TIMEOUT)?;
@@ -119,7 +107,7 @@ async fn existing_topics_are_enough_and_other_missing_permissions_end_the_progra
         "AclCommand",
         &[&deny[..], &["Read", "--group", "*"]].concat(),
     )?;
-    for program in [EXACTLY_ONCE, IDEMPOTENT_CONSUMER, HEADERS_SCHEMA] {
+    for program in [EXACTLY_ONCE, IDEMPOTENT_CONSUMER] {
         ends_with(&kafka, program, folder, "GroupAuthorizationFailed")?;
     }
     tool(
