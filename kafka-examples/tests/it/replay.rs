@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use compose::harness::{Example, Running, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication};
@@ -27,11 +27,10 @@ fn start(kafka: &Broker, args: &[&str]) -> Result<Running> {
 /// The records that a replay printed, without the lines about the partitions.
 fn replay(kafka: &Broker, args: &[&str]) -> Result<Vec<String>> {
     let ended = start(kafka, args)?.wait(TIMEOUT)?.ok()?;
-    let mut lines: Vec<String> = ended.stdout.lines().map(str::to_owned).collect();
-    let last = lines.pop().context("no output")?;
-    lines.retain(|line| !line.contains("reading from"));
-    assert_eq!(last, format!("read {} records", lines.len()));
-    Ok(lines)
+    let (bounds, records): (Vec<_>, Vec<_>) =
+        { ended.stdout.lines().map(str::to_owned) }.partition(|line| line.contains("reading from"));
+    ensure!(bounds.len() >= 2, "{bounds:?}");
+    Ok(records)
 }
 
 fn config(kafka: &Broker) -> ClientConfig {
@@ -192,8 +191,7 @@ async fn records_that_are_deleted_before_they_are_read_are_an_error() -> Result<
     reading.resume()?;
     let ended = reading.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1, "{}", ended.stderr);
-    let reason = "records were deleted before they were read";
-    assert!(ended.stderr.contains(reason), "{}", ended.stderr);
+    assert!(ended.stderr.contains("AutoOffsetReset"), "{}", ended.stderr);
     Ok(())
 }
 
@@ -208,7 +206,11 @@ async fn ends_at_the_offset_that_was_the_end_at_its_start() -> Result<()> {
     fill_with(&kafka, 1000).await?;
     reading.resume()?;
     let ended = reading.wait(TIMEOUT)?.ok()?;
-    assert!(ended.stdout.ends_with("read 1000 records\n"));
+    let records = ended
+        .stdout
+        .lines()
+        .filter(|line| line.contains(" offset "));
+    assert_eq!(records.count(), 1000);
     Ok(())
 }
 
@@ -217,7 +219,11 @@ fn a_topic_that_does_not_exist_and_wrong_arguments_are_errors() -> Result<()> {
     let kafka = shared::kafka(&["kafka_replay"])?;
     let ended = start(&kafka, &[])?.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1);
-    assert!(ended.stderr.contains("there is no topic replay-readings"));
+    assert!(
+        ended
+            .stderr
+            .contains("no topic replay-readings, or no permission")
+    );
     for args in [&["offset", "x"][..], &["time", "noon"], &["end"]] {
         let ended = start(&kafka, args)?.wait(TIMEOUT)?;
         assert_eq!(ended.code(), 1);
