@@ -9,7 +9,6 @@ use compose::harness::{Example, Running, TIMEOUT};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
-use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rusqlite::Connection;
 
@@ -27,12 +26,7 @@ fn consumer(kafka: &Broker, database: &Path) -> Result<Running> {
 /// Ends it as Docker and Kubernetes do.
 fn stop(mut consumer: Running) -> Result<()> {
     consumer.terminate()?;
-    let ended = consumer.wait(TIMEOUT)?.ok()?;
-    ensure!(
-        ended.stdout.ends_with("left the group\n"),
-        "{}",
-        ended.stdout
-    );
+    consumer.wait(TIMEOUT)?.ok()?;
     Ok(())
 }
 
@@ -172,7 +166,7 @@ async fn each_payment_once_with_two_members_and_six_partitions() -> Result<()> {
 }
 
 #[tokio::test]
-async fn ids_are_bounded_and_malformed_payments_are_kept() -> Result<()> {
+async fn ids_are_bounded_and_malformed_payments_are_printed_and_skipped() -> Result<()> {
     let kafka = shared::kafka(&["kafka_idempotent_consumer"])?;
     let folder = tempfile::tempdir()?;
     let database = folder.path().join("payments.sqlite");
@@ -205,72 +199,20 @@ async fn ids_are_bounded_and_malformed_payments_are_kept() -> Result<()> {
     produce(&kafka, Some(0), payloads).await?;
 
     let mut consumer = consumer(&kafka, &database)?;
-    consumer.wait_for("p-0: seen before", TIMEOUT)?;
-    consumer.wait_for("p-1: u-1 +7", TIMEOUT)?;
-    consumer.wait_for("p-1: seen before", TIMEOUT)?;
-    consumer.wait_for("p-0: u-0 +7 cents, balance 14", TIMEOUT)?;
     consumer.wait_for("p-99:", TIMEOUT)?;
+    let lines = consumer.lines();
     stop(consumer)?;
+    // The first consumer has committed its payment at its end: it is not read again.
+    assert_eq!(lines.len(), bad.len() + 5, "{lines:?}");
+    assert_eq!(lines[0], "p-0: seen before, ignored");
+    assert_eq!(lines[1], "p-1: u-1 +7 cents, balance 7");
+    for (offset, line) in (3..).zip(&lines[2..2 + bad.len()]) {
+        let start = format!("partition 0 offset {offset} skipped: ");
+        ensure!(line.starts_with(&start), "{line}");
+    }
+    assert_eq!(lines[9], "p-1: seen before, ignored");
+    assert_eq!(lines[10], "p-0: u-0 +7 cents, balance 14");
     assert_eq!(number(&database, "SELECT count(*) FROM seen")?, 100_000);
     assert_eq!(number(&database, "SELECT sum(payments) FROM balances")?, 4);
-    let rejected = Connection::open(&database)?;
-    let mut query = rejected.prepare("SELECT payload FROM rejected ORDER BY offset")?;
-    let kept: Vec<Option<Vec<u8>>> = query
-        .query_map([], |row| row.get(0))?
-        .collect::<Result<_, _>>()?;
-    assert!(kept == bad.map(|payload| payload.map(<[u8]>::to_vec)));
-    Ok(())
-}
-
-/// The metadata of all topics does not create one.
-fn exists(admin: &AdminClient<DefaultClientContext>) -> Result<bool> {
-    let metadata = admin.inner().fetch_metadata(None, TIMEOUT)?;
-    Ok(metadata.topics().iter().any(|topic| topic.name() == TOPIC))
-}
-
-#[tokio::test]
-async fn malformed_payments_of_a_topic_that_is_created_again_are_kept_once() -> Result<()> {
-    let kafka = shared::kafka(&["kafka_idempotent_consumer"])?;
-    let folder = tempfile::tempdir()?;
-    let database = folder.path().join("payments.sqlite");
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    let options = AdminOptions::new();
-    let topic = NewTopic::new(TOPIC, 1, TopicReplication::Fixed(1));
-    // The second topic is new, the third round reads it again.
-    for (round, kept) in [2, 4, 4].into_iter().enumerate() {
-        if round < 2 {
-            // The request is sent again when its answer is lost, and then the topic exists already.
-            let created = admin.create_topics([&topic], &options).await?.remove(0);
-            let code = created.err().map(|(_, code)| code);
-            let known = [None, Some(RDKafkaErrorCode::TopicAlreadyExists)];
-            ensure!(known.contains(&code), "not created: {code:?}");
-            produce(
-                &kafka,
-                Some(0),
-                vec![None, Some(b"{}".to_vec()), payment(7)],
-            )
-            .await?;
-        }
-        let mut consumer = consumer(&kafka, &database)?;
-        consumer.wait_for("p-7: ", TIMEOUT)?;
-        stop(consumer)?;
-        let count = number(&database, "SELECT count(*) FROM rejected")?;
-        assert_eq!(count, kept, "round {round}");
-        let group = ["idempotent-payments"];
-        let deleted = admin.delete_groups(&group, &options).await?;
-        ensure!(deleted.iter().all(Result::is_ok), "{deleted:?}");
-        if round == 0 {
-            let deleted = admin.delete_topics(&group, &options).await?;
-            ensure!(deleted.iter().all(Result::is_ok), "{deleted:?}");
-            let deadline = Instant::now() + TIMEOUT;
-            // It is gone a moment after it was deleted.
-            while exists(&admin)? {
-                ensure!(Instant::now() < deadline, "the topic stays");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
     Ok(())
 }
