@@ -14,12 +14,7 @@ macro_rules! fed {
 }
 
 /// One of each kind.
-pub const CONSUMERS: [Fed<'_>; 22] = [
-    fed!(
-        "kafka_compacted_table",
-        ["-k", "apple", "compacted-table.prices", "1", "2"],
-        "apple = "
-    ),
+pub const CONSUMERS: [Fed<'_>; 18] = [
     fed!(
         "kafka_consumer_group",
         ["group-orders", "order-0", "order-1"],
@@ -50,14 +45,9 @@ pub const CONSUMERS: [Fed<'_>; 22] = [
         "offset 0: done"
     ),
     fed!(
-        "kafka_headers_schema",
-        ["schema-events", "x", "y"],
-        "dead-lettered"
-    ),
-    fed!(
         "kafka_idempotent_consumer",
         ["idempotent-payments", "x", "y"],
-        "rejected"
+        "skipped"
     ),
     fed!("kafka_lag_monitor", ["group-orders", "order-0"], "lag "),
     fed!(
@@ -102,15 +92,5 @@ pub const CONSUMERS: [Fed<'_>; 22] = [
         ["retry-dlq.payments", "x", "y"],
         "moved to"
     ),
-    fed!(
-        "kafka_tracing",
-        ["traced-orders", "order-1", "order-2"],
-        "charged"
-    ),
     fed!("kafka_tuned_consumer", ["tuned-jobs", "1", "1"], "done"),
-    (
-        call!("kafka_window_aggregation"),
-        Some(call!("kafka_page_views", "2026-01-01T12:00:00Z")),
-        "window ",
-    ),
 ];
