@@ -32,7 +32,7 @@ use anyhow::{Context, ensure};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode::*};
 use rdkafka::message::BorrowedMessage;
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
@@ -72,6 +72,8 @@ async fn main() -> anyhow::Result<()> {
         match consumer.poll(TIMEOUT).context("no answer for 5 seconds")? {
             Ok(record) => apply(&mut table, &record),
             Err(KafkaError::PartitionEOF(partition)) => drop(ended.insert(partition)),
+            // Another address may answer.
+            Err(KafkaError::MessageConsumption(AllBrokersDown | BrokerTransportFailure)) => {}
             Err(error) => return Err(error.into()),
         }
     }
@@ -104,7 +106,7 @@ async fn create_topic(admin: &AdminClient<DefaultClientContext>) -> bool {
     let topic = topic.set("cleanup.policy", "compact");
     match admin.create_topics([&topic], &options).await.as_deref() {
         Ok([Ok(_)]) => return true,
-        Ok([Err((_, RDKafkaErrorCode::TopicAlreadyExists))]) => {}
+        Ok([Err((_, TopicAlreadyExists))]) => {}
         refused => eprintln!("{TOPIC} not created: {refused:?}"),
     }
     let topic = ResourceSpecifier::Topic(TOPIC);

@@ -30,7 +30,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode::*};
 use rdkafka::message::{BorrowedMessage, Header, Headers};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 use serde::Deserialize;
@@ -65,6 +65,8 @@ fn main() -> anyhow::Result<()> {
         match consumer.poll(TIMEOUT).context("no answer for 5 seconds")? {
             Ok(event) => show(&event),
             Err(KafkaError::PartitionEOF(partition)) => drop(ended.insert(partition)),
+            // Another address may answer.
+            Err(KafkaError::MessageConsumption(AllBrokersDown | BrokerTransportFailure)) => {}
             Err(error) => return Err(error.into()),
         }
     }

@@ -35,6 +35,7 @@ use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracerProvider, SpanData, SpanExporter};
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode::*};
 use rdkafka::message::{BorrowedMessage, Header, Headers, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
@@ -78,11 +79,15 @@ async fn work() -> anyhow::Result<()> {
     consumer.assign(&start)?;
     let mut offset = -1;
     while offset < last {
-        let order = consumer
-            .poll(TIMEOUT)
-            .context("no answer for 5 seconds")??;
-        println!("{}", process(&order).await);
-        offset = order.offset();
+        match consumer.poll(TIMEOUT).context("no answer for 5 seconds")? {
+            Ok(order) => {
+                println!("{}", process(&order).await);
+                offset = order.offset();
+            }
+            // Another address may answer.
+            Err(KafkaError::MessageConsumption(AllBrokersDown | BrokerTransportFailure)) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
     Ok(())
 }
