@@ -61,7 +61,13 @@ async fn main() -> anyhow::Result<()> {
     let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     let metadata = producer.client().fetch_metadata(Some(TOPIC), TIMEOUT);
     metadata.context(tip)?;
+    send_ticks(&producer).await?;
+    println!("every tick has its delivery report");
+    Ok(())
+}
 
+/// Sends a tick every 200 ms. Ctrl-C or SIGTERM ends this: then the last reports are awaited.
+async fn send_ticks(producer: &FutureProducer) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let stop = future::select(interrupt.recv().boxed(), terminate.recv().boxed());
@@ -74,19 +80,16 @@ async fn main() -> anyhow::Result<()> {
         }
         number
     });
-    // After a signal no tick is sent, but the reports are awaited.
     let sent = ticks
         .take_until(stop.clone())
-        .map(|number| send(&producer, number))
+        .map(|number| send(producer, number))
         .buffered(MAX_WAITING);
     tokio::select! {
-        sent = sent.try_collect::<()>() => sent?,
+        sent = sent.try_collect::<()>() => sent,
         () = stop.then(|()| sleep(TIMEOUT)) => {
-            bail!("{} ticks are not confirmed", producer.in_flight_count());
+            bail!("{} ticks are not confirmed", producer.in_flight_count())
         }
     }
-    println!("every tick has its delivery report");
-    Ok(())
 }
 
 /// The pattern: put a tick into the client's queue, whether the broker is up or not, and await its delivery report.
