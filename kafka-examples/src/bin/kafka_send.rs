@@ -120,6 +120,7 @@ fn lines() -> impl Stream<Item = Line> {
 
 type Line = std::io::Result<Vec<u8>>;
 type Queued = (DeliveryFuture, String);
+type Bytes<'a> = Option<&'a [u8]>;
 
 #[derive(Default)]
 struct Options {
@@ -155,7 +156,7 @@ impl Options {
     }
 
     /// The key and the payload of one line.
-    fn split<'a>(&'a self, line: &'a [u8]) -> anyhow::Result<(Option<&'a [u8]>, Option<&'a [u8]>)> {
+    fn split<'a>(&'a self, line: &'a [u8]) -> anyhow::Result<(Bytes<'a>, Bytes<'a>)> {
         let (key, payload) = match &self.delimiter {
             None => (self.key.as_deref(), line),
             Some(delimiter) => {
