@@ -72,7 +72,11 @@ async fn main() -> anyhow::Result<()> {
         }
     }
     consumer.assign(&partitions)?;
+    show(&consumer, ends.then_some(partitions.count())).await
+}
 
+/// Prints records until Ctrl-C or SIGTERM, or until this many partitions have been read to their end.
+async fn show(consumer: &StreamConsumer, partitions: Option<usize>) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let stop = future::select(interrupt.recv().boxed(), terminate.recv().boxed());
@@ -83,7 +87,7 @@ async fn main() -> anyhow::Result<()> {
             Ok(record) => println!("{}", line(&record)),
             Err(KafkaError::PartitionEOF(partition)) => {
                 ended.insert(partition);
-                if ends && ended.len() == partitions.count() {
+                if partitions == Some(ended.len()) {
                     break;
                 }
             }
