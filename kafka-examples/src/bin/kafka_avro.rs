@@ -29,7 +29,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use futures::try_join;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode::*};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 use schema_registry_converter::async_impl::avro::{AvroDecoder, AvroEncoder};
@@ -173,6 +173,8 @@ async fn read(mut config: ClientConfig, decoder: &AvroDecoder, ids: [u32; 2]) ->
                 }
             }
             Err(KafkaError::PartitionEOF(partition)) => drop(ended.insert(partition)),
+            // Another address may answer.
+            Err(KafkaError::MessageConsumption(AllBrokersDown | BrokerTransportFailure)) => {}
             Err(error) => return Err(error.into()),
         }
     }

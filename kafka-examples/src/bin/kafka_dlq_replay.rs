@@ -27,7 +27,7 @@ use anyhow::{Context, ensure};
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode::*};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
@@ -85,7 +85,8 @@ async fn replay(
     let mut at = TopicPartitionList::new();
     at.add_partition_offset(DLQ, partition, Offset::Offset(offsets.start))?;
     consumer.assign(&at)?;
-    for replayed in 0.. {
+    let mut replayed = 0;
+    loop {
         match consumer.poll(TIMEOUT).context("no answer for 5 seconds")? {
             Ok(letter) if letter.offset() < offsets.end => {
                 let offset = letter.offset();
@@ -97,12 +98,14 @@ async fn replay(
                 sent.with_context(|| format!("offset {offset} is not confirmed, so it is kept"))?;
                 delete_before(offset + 1, partition, admin).await?;
                 println!("{DLQ}/{partition}/{offset}: replayed");
+                replayed += 1;
             }
             Ok(_) | Err(KafkaError::PartitionEOF(_)) => return Ok(replayed),
+            // Another address may answer.
+            Err(KafkaError::MessageConsumption(AllBrokersDown | BrokerTransportFailure)) => {}
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(0)
 }
 
 /// Deletes the letters before this offset.

@@ -29,6 +29,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode::*};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
@@ -86,7 +87,14 @@ fn receive(consumer: &BaseConsumer, mut sent: BTreeMap<i32, (i64, i64)>) -> anyh
     consumer.assign(&start)?;
     let mut users = BTreeMap::<String, (BTreeSet<i32>, usize, usize)>::new();
     while !sent.is_empty() {
-        let record = consumer.poll(TIMEOUT).context("an event is missing")??;
+        let record = match consumer.poll(TIMEOUT).context("an event is missing")? {
+            Ok(record) => record,
+            // Another address may answer.
+            Err(KafkaError::MessageConsumption(AllBrokersDown | BrokerTransportFailure)) => {
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
         let (at, offset) = (record.partition(), record.offset());
         let event = String::from_utf8_lossy(record.payload().unwrap_or_default());
         if let Some((user, number)) = event.split_once(' ')

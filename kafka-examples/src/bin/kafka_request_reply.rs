@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rdkafka::consumer::{Consumer, StreamConsumer};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode::*};
 use rdkafka::message::{BorrowedMessage, Header, Headers, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
@@ -100,7 +101,7 @@ async fn request(replies: &StreamConsumer, producer: &FutureProducer, ms: &str) 
     let sent = producer.send(record.headers(headers), TIMEOUT).await;
     sent.map_err(|(error, _)| error)?;
     loop {
-        let reply = replies.recv().await?;
+        let reply = receive(replies).await?;
         if header(&reply, ID).as_ref() == Some(&id) {
             return Ok(text(reply.payload()));
         }
@@ -108,10 +109,20 @@ async fn request(replies: &StreamConsumer, producer: &FutureProducer, ms: &str) 
     }
 }
 
+/// The next record. After a connection error, another address may answer.
+async fn receive(consumer: &StreamConsumer) -> KafkaResult<BorrowedMessage<'_>> {
+    loop {
+        match consumer.recv().await {
+            Err(KafkaError::MessageConsumption(AllBrokersDown | BrokerTransportFailure)) => {}
+            received => return received,
+        }
+    }
+}
+
 /// Carries out the requests, one after another, and sends each reply to the topic that its request names.
 async fn respond(requests: &StreamConsumer, producer: &FutureProducer) -> Result<()> {
     loop {
-        let request = requests.recv().await?;
+        let request = receive(requests).await?;
         let (id, topic) = (header(&request, ID), header(&request, REPLY_TOPIC));
         let wait = text(request.payload()).parse();
         let (Some(id), Some(topic), Ok(wait)) = (id, topic, wait) else {

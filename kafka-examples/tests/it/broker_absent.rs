@@ -4,10 +4,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use compose::harness::{Call, Example, ExampleInfo, TIMEOUT, Workspace, without_broker};
-use compose::{Broker, Service};
+use compose::harness::{Call, Example, ExampleInfo, TIMEOUT, Workspace, names, without_broker};
+use compose::{Broker, Service, call};
 
 use crate::consumers::CONSUMERS;
+use crate::shared;
 
 /// All of the package, so that a new example is tried too.
 #[test]
@@ -34,6 +35,61 @@ fn without_a_broker_the_error_says_where_and_what_to_do() -> Result<()> {
         (example.name.clone(), program)
     };
     without_broker(Service::Kafka, examples.map(example).collect())
+}
+
+/// Programs that end by themselves, and the program that gives each its input.
+const ENDING: [(Call<'_>, Option<Call<'_>>); 12] = [
+    (call!("kafka_async_producer"), None),
+    (call!("kafka_batch_producer"), None),
+    (call!("kafka_compacted_table"), None),
+    (
+        call!("kafka_dlq_replay"),
+        Some(call!("kafka_send", "retry-dlq.payments.dlq", "{")),
+    ),
+    (
+        call!("kafka_headers_schema"),
+        Some(call!("kafka_send", "schema-events", "{")),
+    ),
+    (
+        call!("kafka_offsets", "offsets-group", "offsets-demo"),
+        Some(call!("kafka_send", "offsets-demo", "a")),
+    ),
+    (call!("kafka_pitfall_ordering"), None),
+    (
+        call!("kafka_replay", "beginning"),
+        Some(call!("kafka_send", "replay-readings", "10 °C")),
+    ),
+    (call!("kafka_request_reply", "10"), None),
+    (
+        call!("kafka_tail", "-e", "notes"),
+        Some(call!("kafka_send", "notes", "hello")),
+    ),
+    (call!("kafka_tracing"), None),
+    (
+        call!("kafka_window_aggregation"),
+        Some(call!("kafka_page_views", "2026-01-01T12:00:00Z")),
+    ),
+];
+
+/// For example one of several brokers is down, or `localhost` is also an IPv6 address.
+#[test]
+fn an_address_that_refuses_is_no_error_while_another_answers() -> Result<()> {
+    let kafka = shared::kafka(&names(&ENDING))?;
+    for ((program, args), feeder) in ENDING {
+        if let Some((feeder, args)) = feeder {
+            let feeder = Example::new(feeder).args(args).broker(&kafka);
+            feeder.spawn()?.wait(TIMEOUT)?.ok()?;
+        }
+        // The client chooses an address by chance.
+        for _ in 0..4 {
+            let brokers = format!("127.0.0.1:1,{}", kafka.address());
+            let example = Example::new(program).args(args).broker(&kafka);
+            let ended = example.env("KAFKA_BROKERS", brokers).spawn()?;
+            let ended = { ended }.wait(TIMEOUT)?;
+            ended.ok().with_context(|| program.to_owned())?;
+        }
+    }
+    Ok(())
 }
 
 /// Half of them get Ctrl-C, and the others SIGTERM. A consumer commits and leaves its group at its end, and both can hang
