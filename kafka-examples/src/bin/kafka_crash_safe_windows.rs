@@ -28,6 +28,7 @@
 //! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_page_views, kafka_exactly_once.
 
 use std::collections::BTreeMap;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
@@ -41,6 +42,8 @@ use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 const VIEWS: &str = "page-views";
 const COUNTS: &str = "page-views.counts";
@@ -164,15 +167,15 @@ async fn commit(
     counts: &[(i32, Count)],
 ) -> anyhow::Result<()> {
     producer.begin_transaction()?;
-    let mut reports = Vec::new();
     for (id, (window, page, views)) in counts {
         let ms = window.timestamp_millis();
         // The last record of a key replaces the others, also in a compacted topic.
         let key = format!("{page} {ms} {id}");
         let count = json!({"page": page, "window_ms": ms, "partition": id, "views": views});
         let count = count.to_string();
+        // A failed delivery makes the commit fail, so nothing waits for its report here.
         let sent = producer.send_result(FutureRecord::to(COUNTS).key(&key).payload(&count));
-        reports.push(sent.map_err(|(error, _)| error)?);
+        sent.map_err(|(error, _)| error)?;
     }
     let mut positions = TopicPartitionList::new();
     for (id, partition) in partitions {
@@ -183,11 +186,15 @@ async fn commit(
         position.set_metadata(serde_json::to_string(&state)?);
     }
     let group = consumer.group_metadata().context("no group")?;
-    producer.send_offsets_to_transaction(&positions, &group, 6 * TIMEOUT)?;
-    for report in reports {
-        report.await?.map_err(|(error, _)| error)?;
-    }
-    Ok(producer.commit_transaction(6 * TIMEOUT)?)
+    let producer = producer.clone();
+    // In its own thread: after the death of a node, the first call can ignore its timeout (librdkafka issue 5456).
+    let (done, committed) = oneshot::channel();
+    thread::spawn(move || {
+        let sent = producer.send_offsets_to_transaction(&positions, &group, 3 * TIMEOUT);
+        done.send(sent.and_then(|()| producer.commit_transaction(3 * TIMEOUT)))
+    });
+    let committed = timeout(7 * TIMEOUT, committed).await;
+    Ok(committed.context("the commit of the transaction hangs")???)
 }
 
 #[derive(Deserialize)]

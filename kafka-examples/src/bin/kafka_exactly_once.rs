@@ -26,6 +26,7 @@
 //! Try: `kill -9` it while it works on many orders, and start it again. Settings: KAFKA_BROKERS (localhost:9092),
 //! TRANSACTIONAL_ID (exactly-once-1; one for each program that shares the work), RUST_LOG. See also: order_pipeline.
 
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -53,7 +54,7 @@ const BATCH_TIME: Duration = Duration::from_millis(200);
 const TIMEOUT: Duration = Duration::from_secs(5);
 type Clients = (FutureProducer, StreamConsumer);
 /// The group membership at the first order, and the outputs. Each output has the partition and offset of its order.
-type Batch = (ConsumerGroupMetadata, Vec<OwnedMessage>);
+type Batch = (Arc<ConsumerGroupMetadata>, Vec<OwnedMessage>);
 type Stop<'a> = Select<BoxFuture<'a, Option<()>>, BoxFuture<'a, Option<()>>>;
 
 #[tokio::main]
@@ -126,6 +127,7 @@ fn connect(mut config: ClientConfig, id: &str) -> KafkaResult<Clients> {
         .set("auto.offset.reset", "earliest")
         .set("enable.auto.commit", "false")
         .set("allow.auto.create.topics", "true")
+        .set("topic.metadata.refresh.interval.ms", "10000") // finds a new topic
         .create()?;
     consumer.subscribe(&[ORDERS])?;
     Ok((producer, consumer))
@@ -170,7 +172,7 @@ async fn gather(consumer: &StreamConsumer) -> KafkaResult<Option<Batch>> {
             Err(_) => break,
         }
     }
-    Ok(member.map(|member| (member, outputs)))
+    Ok(member.map(|member| (Arc::new(member), outputs)))
 }
 
 /// The pattern: the outputs of a batch, and the offsets after it, in one transaction.
@@ -190,12 +192,20 @@ async fn transact(producer: &FutureProducer, batch: &Batch, payloads: bool) -> K
         (partition, Offset::Offset(output.offset() + 1))
     });
     let offsets = TopicPartitionList::from_topic_map(&next.collect())?;
-    block_in_place(|| {
+    let (producer, member) = (producer.clone(), member.clone());
+    let commit = move || {
         // This fails after a failed delivery, with a better reason.
-        producer.send_offsets_to_transaction(&offsets, member, TIMEOUT)?;
+        producer.send_offsets_to_transaction(&offsets, &member, TIMEOUT)?;
         sent.map_err(|(error, _)| error)?;
         producer.commit_transaction(TIMEOUT)
-    })
+    };
+    // In its own thread: after the death of a node, the first call can ignore its timeout (librdkafka issue 5456).
+    let (done, committed) = oneshot::channel();
+    thread::spawn(move || done.send(commit()));
+    match timeout(3 * TIMEOUT, committed).await {
+        Ok(Ok(committed)) => committed,
+        _ => Err(KafkaError::Global(OperationTimedOut)),
+    }
 }
 
 #[derive(Serialize, Deserialize)]

@@ -45,7 +45,8 @@ async fn create_topics(kafka: &Broker) -> Result<()> {
         .set("bootstrap.servers", kafka.address())
         .create()?;
     let topics = [(ORDERS, 6), (INVOICES, 4), (DEAD_LETTERS, 1)]
-        .map(|(name, partitions)| NewTopic::new(name, partitions, TopicReplication::Fixed(1)));
+        // -1 is the broker's default: as many copies as nodes.
+        .map(|(name, partitions)| NewTopic::new(name, partitions, TopicReplication::Fixed(-1)));
     let created = admin.create_topics(&topics, &AdminOptions::new()).await?;
     ensure!(created.iter().all(Result::is_ok), "{created:?}");
     Ok(())
@@ -246,6 +247,46 @@ async fn each_order_once_over_kills_and_a_restart_of_the_broker() -> Result<()> 
     let all = all_invoices(&kafka)?;
     assert!(all > 16_000, "the kills hit no transaction: {all}");
     Ok(())
+}
+
+/// One of them is the group's coordinator: when it dies, `send_offsets_to_transaction` can ignore its timeout.
+#[tokio::test]
+async fn each_order_once_although_each_node_of_three_dies_in_turn() -> Result<()> {
+    let kafka = Broker::private_cluster(Service::Kafka, 3)?;
+    create_topics(&kafka).await?;
+    let mut worker = worker(&kafka)?;
+    let mut orders = 0;
+    for node in 1..=3 {
+        produce_orders(&kafka, orders..orders + 2000).await?;
+        worker.wait_for("committed: ", TIMEOUT)?;
+        kafka.kill(node)?;
+        produce_orders(&kafka, orders + 2000..orders + 3000).await?;
+        orders += 3000;
+        // With two nodes.
+        wait_until_done(&kafka, &mut worker)?;
+        kafka.restart(node)?;
+        wait_until_in_sync(&kafka, 3)?;
+    }
+    stop(worker)?;
+    check(&kafka, 0..orders)
+}
+
+/// Waits until each partition has this many copies in sync.
+fn wait_until_in_sync(kafka: &Broker, copies: usize) -> Result<()> {
+    let judge = judge(kafka, "read_uncommitted")?;
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let metadata = judge.fetch_metadata(None, TIMEOUT)?;
+        let mut partitions = metadata
+            .topics()
+            .iter()
+            .flat_map(|topic| topic.partitions());
+        if partitions.all(|partition| partition.isr().len() >= copies) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "copies are missing");
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ mod avro;
 mod batch_producer;
 mod broker_absent;
 mod closed_pipe;
+mod cluster;
 mod compacted_table;
 mod compression;
 mod consumer_group;
