@@ -1,7 +1,8 @@
 //! Reconnect: what a consumer does by itself while the broker is down, and which errors are final
 //!
 //! Receives readings while the broker is killed and restarted. The client reconnects by itself, joins its group again and
-//! continues after its last commit. During the outage it returns errors: the program prints the first and receives again.
+//! continues after its last commit (at least once). During the outage it returns errors: the program prints the first and
+//! receives again.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_send -p 0 reconnect-readings before
@@ -56,7 +57,9 @@ async fn main() -> anyhow::Result<()> {
         .set("bootstrap.servers", &brokers)
         .set("group.id", GROUP)
         .set("auto.offset.reset", "earliest")
+        .set("enable.auto.offset.store", "false") // see kafka_pitfall_auto_commit
         .set("allow.auto.create.topics", "true")
+        .set("topic.metadata.refresh.interval.ms", "10000") // finds a new topic
         // The longest wait between two attempts to connect. The default is ten seconds.
         .set("reconnect.backoff.max.ms", "1000")
         // Without an answer for this long, a connection counts as lost. The default is a minute.
@@ -90,7 +93,9 @@ async fn receive(consumer: &StreamConsumer) -> anyhow::Result<()> {
                 }
                 let (partition, offset) = (reading.partition(), reading.offset());
                 let text = String::from_utf8_lossy(reading.payload().unwrap_or_default());
-                println!("partition {partition} offset {offset}: {text}");
+                println!("partition {partition} offset {offset}: {text}"); // the work
+                // Fails when the partition was lost: its new owner repeats the reading.
+                let _ = consumer.store_offset_from_message(&reading);
             }
             // During an outage the client returns several errors per second. Print only the first.
             Err(error) if is_temporary(&error) => {
