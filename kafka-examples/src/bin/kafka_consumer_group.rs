@@ -50,10 +50,10 @@ async fn main() -> anyhow::Result<()> {
         .set("group.id", GROUP)
         .set("auto.offset.reset", "earliest") // the default, `latest`, skips records
         .set("auto.commit.interval.ms", "1000")
-        // Auto commit commits the stored offsets. The program stores them itself.
-        .set("enable.auto.offset.store", "false")
+        .set("enable.auto.offset.store", "false") // the program stores them after the work
         .set("session.timeout.ms", "10000") // a crashed member keeps its partitions for this long
         .set("allow.auto.create.topics", "true")
+        .set("topic.metadata.refresh.interval.ms", "10000") // finds a new topic
         .create_with_context(Printer)?;
     let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     consumer.fetch_metadata(Some(TOPIC), TIMEOUT).context(tip)?;

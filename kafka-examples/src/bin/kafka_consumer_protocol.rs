@@ -18,12 +18,11 @@
 //! ```
 //!
 //! Notice:
-//! - The client refuses `session.timeout.ms` and `heartbeat.interval.ms`: they are settings of the broker.
+//! - The client refuses `session.timeout.ms` and `partition.assignment.strategy`: the broker decides these.
 //! - When the last member with the new protocol leaves, the group becomes classic again, and can repeat orders.
 //! - It needs Kafka 4.0 and librdkafka 2.12. The client's default is still `classic`.
 //!
-//! Usage: kafka_consumer_protocol [SETTING=VALUE]... Try: `group.remote.assignor=range`, which replaces the setting
-//! `partition.assignment.strategy`. Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_rebalance.
+//! Usage: kafka_consumer_protocol [SETTING=VALUE]... Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG.
 
 use std::io::{Write, stdout};
 use std::thread;
@@ -55,6 +54,7 @@ async fn main() -> anyhow::Result<()> {
         .set("group.protocol", "consumer") // The pattern: this is the only setting that it needs.
         .set("auto.offset.reset", "earliest")
         .set("allow.auto.create.topics", "true")
+        .set("topic.metadata.refresh.interval.ms", "10000") // finds a new topic
         .set("enable.auto.offset.store", "false"); // see kafka_consumer_group
     for arg in std::env::args().skip(1) {
         let (setting, value) = arg.split_once('=').context("usage: [SETTING=VALUE]...")?;

@@ -58,6 +58,7 @@ async fn main() -> anyhow::Result<()> {
         .set("auto.offset.reset", "earliest")
         .set("enable.auto.offset.store", "false") // see kafka_consumer_group
         .set("allow.auto.create.topics", "true")
+        .set("topic.metadata.refresh.interval.ms", "10000") // finds a new topic
         .create()?;
     let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     consumer.fetch_metadata(Some(TOPIC), TIMEOUT).context(tip)?;

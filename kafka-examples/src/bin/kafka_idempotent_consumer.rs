@@ -66,6 +66,7 @@ async fn main() -> anyhow::Result<()> {
         .set("enable.auto.offset.store", "false")
         .set("session.timeout.ms", "10000") // a crashed member keeps its partitions for this long
         .set("allow.auto.create.topics", "true")
+        .set("topic.metadata.refresh.interval.ms", "10000") // finds a new topic
         .create()?;
     let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     consumer.fetch_metadata(Some(TOPIC), TIMEOUT).context(tip)?;

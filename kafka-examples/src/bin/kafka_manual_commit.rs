@@ -62,6 +62,7 @@ async fn main() -> anyhow::Result<()> {
         .set("enable.auto.commit", "false")
         .set("auto.offset.reset", "earliest") // the default, `latest`, skips records
         .set("allow.auto.create.topics", "true")
+        .set("topic.metadata.refresh.interval.ms", "10000") // finds a new topic
         .create_with_context(Commits)?;
     let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     consumer.fetch_metadata(Some(TOPIC), TIMEOUT).context(tip)?;

@@ -55,6 +55,7 @@ async fn main() -> anyhow::Result<()> {
         .set("enable.auto.commit", "false")
         .set("auto.offset.reset", "earliest")
         .set("allow.auto.create.topics", "true")
+        .set("topic.metadata.refresh.interval.ms", "10000") // finds a new topic
         .set("statistics.interval.ms", "1000") // how often the client calls `stats`
         .create_with_context(Lag)?;
     let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");

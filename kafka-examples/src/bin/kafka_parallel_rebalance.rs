@@ -62,6 +62,7 @@ async fn main() -> anyhow::Result<()> {
         .set("group.id", GROUP)
         .set("auto.offset.reset", "earliest")
         .set("allow.auto.create.topics", "true")
+        .set("topic.metadata.refresh.interval.ms", "10000") // finds a new topic
         .set("session.timeout.ms", "10000") // a crashed member keeps its partitions for this long
         .set("auto.commit.interval.ms", "1000")
         .set("enable.auto.offset.store", "false") // see kafka_consumer_group

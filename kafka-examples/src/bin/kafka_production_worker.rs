@@ -196,6 +196,7 @@ fn workers() -> anyhow::Result<Vec<Worker>> {
     config
         .set("auto.offset.reset", "earliest")
         .set("allow.auto.create.topics", "true")
+        .set("topic.metadata.refresh.interval.ms", "10000") // finds a new topic
         .set("enable.auto.offset.store", "false")
         .set("auto.commit.interval.ms", "1000")
         // Must be longer than the longest delay and the longest outage while a copy waits.

@@ -1,8 +1,8 @@
 //! Tune a consumer: each setting with its reason, and what happens when work takes too long
 //!
-//! A thread of the client sends heartbeats: they show that the process is alive. The program must also ask for the next
-//! record within `max.poll.interval.ms`. If it does not, the client leaves the group, and another member repeats the work:
-//! at least once. The program gets an error when it asks again, and joins the group again.
+//! The client sends heartbeats by itself. The program must also ask for the next record within `max.poll.interval.ms`. If
+//! it does not, the client leaves the group, and another member repeats the work (at least once). The program gets an error
+//! when it asks again, and joins the group again.
 //!
 //! ```console
 //! 1$ MAX_POLL_INTERVAL_MS=10000 cargo lab run kafka_tuned_consumer
@@ -16,11 +16,11 @@
 //! ```
 //!
 //! Notice:
-//! - With one member, the same job is repeated forever. The client also logs a warning (MAXPOLL).
+//! - One member repeats the job forever, and the client logs a warning (MAXPOLL). A second member without
+//!   MAX_POLL_INTERVAL_MS finishes it.
 //! - For longer work: pause the partition and poll while a task works, or write the job to a database and commit.
 //!
-//! Try: start a second member without MAX_POLL_INTERVAL_MS: it finishes the job. Settings: KAFKA_BROKERS (localhost:9092),
-//! MAX_POLL_INTERVAL_MS (300000; at least 10000), RUST_LOG. See also: kafka_consumer_group, kafka_parallel_consumer.
+//! Settings: KAFKA_BROKERS (localhost:9092), MAX_POLL_INTERVAL_MS (300000; at least 10000), RUST_LOG.
 
 use std::thread;
 use std::time::Duration;
@@ -64,6 +64,7 @@ fn tuned(limit: &str) -> ClientConfig {
     config
         .set("group.id", "tuned-consumer")
         .set("allow.auto.create.topics", "true")
+        .set("topic.metadata.refresh.interval.ms", "10000") // finds a new topic
         // Where a group without a valid offset starts. The default, `latest`, skips records.
         .set("auto.offset.reset", "earliest")
         // Auto commit commits the stored offsets. The program stores them after the work.
@@ -76,8 +77,7 @@ fn tuned(limit: &str) -> ClientConfig {
         .set("max.poll.interval.ms", limit)
         // The broker waits for this many bytes: fewer requests. The default, 1, is right where milliseconds count.
         .set("fetch.min.bytes", "1024")
-        // The longest time that it waits for these bytes. Only the Java client calls it `fetch.max.wait.ms`.
-        .set("fetch.wait.max.ms", "500")
+        .set("fetch.wait.max.ms", "500") // but no longer than this; the Java client says `fetch.max.wait.ms`
         // The client reads ahead up to this many kilobytes. The default, 64 MB, is much for a small container.
         .set("queued.max.messages.kbytes", "16384");
     config

@@ -4,10 +4,11 @@ use anyhow::Result;
 use compose::harness::{Example, Running, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminOptions, NewPartitions};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 
-use crate::administrator::tool;
+use crate::administrator::{admin, create_topic, tool};
 use crate::shared;
 
 /// Each example, its topic, which is its group, too, and what it prints when it has worked on a record.
@@ -83,6 +84,47 @@ async fn without_permission_to_create_a_member_works_and_without_the_group_it_en
         // The ones that run learn of it from the next answer, the ones that start at once.
         ended_with(&mut member, "GroupAuthorizationFailed")?;
         ended_with(&mut example(&kafka, program)?, "GroupAuthorizationFailed")?;
+    }
+    Ok(())
+}
+
+/// The client asks for the partitions again only from time to time: by default, every five minutes.
+#[tokio::test]
+async fn a_partition_that_is_added_is_read_soon() -> Result<()> {
+    let mut names = MEMBERS.map(|(program, ..)| program.rsplit('/').next().unwrap());
+    names.sort_unstable();
+    let kafka = shared::kafka(&names)?;
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .create()?;
+    let admin = admin(&kafka)?;
+    let options = AdminOptions::new().operation_timeout(Some(TIMEOUT));
+    let mut members = Vec::new();
+    for (program, topic, line) in MEMBERS {
+        create_topic(&kafka, topic, 3, &[]).await?;
+        let mut member = example(&kafka, program)?;
+        let record = FutureRecord::to(topic).partition(0).key("job");
+        let sent = producer.send(record.payload("10"), TIMEOUT).await;
+        sent.map_err(|(error, _)| error)?;
+        member.wait_for(line, TIMEOUT)?;
+        members.push(member);
+    }
+    for (_, topic, _) in MEMBERS {
+        let more = NewPartitions::new(topic, 4);
+        let grown = admin.create_partitions([&more], &options).await?;
+        assert!(grown.iter().all(Result::is_ok), "{grown:?}");
+        // The broker may not know the partition yet.
+        let producer: FutureProducer = ClientConfig::new()
+            .set("bootstrap.servers", kafka.address())
+            .create()?;
+        let record = FutureRecord::to(topic).partition(3).key("job");
+        let sent = producer.send(record.payload("10"), TIMEOUT).await;
+        sent.map_err(|(error, _)| error)?;
+    }
+    for (mut member, (_, _, line)) in members.into_iter().zip(MEMBERS) {
+        member.wait_for(line, TIMEOUT)?;
+        member.terminate()?;
+        member.wait(TIMEOUT)?.ok()?;
     }
     Ok(())
 }
