@@ -1,4 +1,4 @@
-//! Finish running records before a rebalance moves their partitions, so that no record is repeated
+//! Finish running records before a rebalance moves their partitions, so that a clean handover repeats nothing
 //!
 //! This adds a callback to kafka_parallel_consumer. When partitions are revoked, it waits until their records are done, and
 //! stores their positions for the commit. So a clean handover repeats nothing and keeps the order of each key. At least

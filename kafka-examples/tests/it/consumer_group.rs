@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use compose::harness::{Example, Proxy, Running, TIMEOUT};
 use compose::{Broker, Service};
+use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
-use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
 use crate::administrator::{create_topic, tool};
+use crate::reader::committed;
 use crate::shared;
 
 const TOPIC: &str = "group-orders";
@@ -59,26 +60,6 @@ async fn send(
     Ok(())
 }
 
-/// The group's positions, asked of the broker; 0 where it has none.
-fn committed(kafka: &Broker, partitions: i32) -> Result<BTreeMap<i32, i64>> {
-    let observer: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .set("group.id", GROUP)
-        .create()?;
-    let mut list = TopicPartitionList::new();
-    list.add_partition_range(TOPIC, 0, partitions - 1);
-    let list = observer.committed_offsets(list, TIMEOUT)?;
-    let position = |offset| match offset {
-        Offset::Offset(next) => next,
-        _ => 0,
-    };
-    Ok(list
-        .elements()
-        .iter()
-        .map(|at| (at.partition(), position(at.offset())))
-        .collect())
-}
-
 /// The partition and offset of each processed order, with repeats.
 fn processed(lines: &[String]) -> Vec<(i32, i64)> {
     let place = |line: &String| {
@@ -111,7 +92,7 @@ async fn sigkill_loses_no_order_and_repeats_only_uncommitted_ones() -> Result<()
         first.wait_for("topic group-orders", TIMEOUT)?;
         std::thread::sleep(Duration::from_millis(80));
         first.pause()?;
-        let position = committed(&kafka, 3)?;
+        let position = committed(&kafka, GROUP, TOPIC)?;
         let done = per_partition(&processed(&first.lines()));
         assert!(
             position
@@ -125,7 +106,9 @@ async fn sigkill_loses_no_order_and_repeats_only_uncommitted_ones() -> Result<()
     loop {
         first.wait_for("processed: ", TIMEOUT)?;
         first.pause()?;
-        if committed(&kafka, 3)?.values().sum::<i64>() < processed(&first.lines()).len() as i64 {
+        if committed(&kafka, GROUP, TOPIC)?.values().sum::<i64>()
+            < processed(&first.lines()).len() as i64
+        {
             break;
         }
         first.resume()?;
@@ -134,7 +117,7 @@ async fn sigkill_loses_no_order_and_repeats_only_uncommitted_ones() -> Result<()
     first.wait(TIMEOUT)?;
     let before = processed(&first.lines());
     let done = per_partition(&before);
-    let position = committed(&kafka, 3)?;
+    let position = committed(&kafka, GROUP, TOPIC)?;
     for (partition, next) in &position {
         assert!(
             next <= &done[partition],
@@ -189,7 +172,7 @@ async fn ctrl_c_and_sigterm_commit_exactly_the_processed_orders() -> Result<()> 
         assert!(done.len() >= 16 && done.len() == begun, "{}", ended.stdout);
         orders.extend(done);
         assert!(orders.len() < sent, "the signal came after the last order");
-        assert_eq!(committed(&kafka, 3)?, per_partition(&orders));
+        assert_eq!(committed(&kafka, GROUP, TOPIC)?, per_partition(&orders));
     }
     let different: BTreeSet<_> = orders.iter().collect();
     assert_eq!(different.len(), orders.len(), "{orders:?}");
@@ -229,7 +212,7 @@ async fn members_share_partitions_and_join_and_leave_without_repeats() -> Result
     );
     let at_end = BTreeMap::from([(0, 30), (1, 30), (2, 30)]);
     let deadline = Instant::now() + TIMEOUT;
-    while committed(&kafka, 3)? != at_end {
+    while committed(&kafka, GROUP, TOPIC)? != at_end {
         ensure!(Instant::now() < deadline, "{:?}", first.lines());
         std::thread::sleep(Duration::from_millis(100));
     }
@@ -256,7 +239,10 @@ async fn member_that_lost_its_partitions_during_the_work_continues() -> Result<(
     first.resume()?;
     first.wait_for("assigned: [", TIMEOUT)?;
     let deadline = Instant::now() + TIMEOUT;
-    while committed(&kafka, 3)?.values().any(|next| *next < 10) {
+    while committed(&kafka, GROUP, TOPIC)?
+        .values()
+        .any(|next| *next < 10)
+    {
         ensure!(Instant::now() < deadline, "{:?}", first.lines());
         std::thread::sleep(Duration::from_millis(100));
     }
@@ -286,7 +272,7 @@ async fn any_bytes_are_processed_on_any_number_of_partitions() -> Result<()> {
     member.interrupt()?;
     member.wait(TIMEOUT)?.ok()?;
     assert_eq!(
-        committed(&kafka, 5)?,
+        committed(&kafka, GROUP, TOPIC)?,
         BTreeMap::from([(0, 1), (1, 1), (2, 1), (3, 1), (4, 3)])
     );
     Ok(())
@@ -384,7 +370,10 @@ async fn member_notices_a_silent_network_and_forgets_no_order() -> Result<()> {
     assert_eq!(processed(&member.lines()).len(), 3);
     proxy.heal()?;
     let deadline = Instant::now() + TIMEOUT;
-    while committed(&kafka, 3)?.values().any(|position| *position < 2) {
+    while committed(&kafka, GROUP, TOPIC)?
+        .values()
+        .any(|position| *position < 2)
+    {
         ensure!(Instant::now() < deadline, "{:?}", member.lines());
         std::thread::sleep(Duration::from_millis(100));
     }

@@ -8,7 +8,7 @@ use compose::Broker;
 use compose::harness::{Example, Running, TIMEOUT};
 
 use crate::arriving_orders::with_orders;
-use crate::parallel_consumer::committed;
+use crate::reader::committed;
 use crate::shared;
 
 const TOPIC: &str = "protocol-orders";
@@ -110,7 +110,7 @@ fn a_running_group_is_moved_to_the_protocol_without_loss_or_repetition() -> Resu
     let kafka = shared::kafka(&["kafka_consumer_protocol"])?;
     let (sent, orders, story) = replace(&kafka, CLASSIC, NEW)?;
     assert_eq!(orders.len(), sent, "orders were repeated: {story:#?}");
-    let end = committed(&kafka, TOPIC)?.values().sum::<i64>();
+    let end = committed(&kafka, TOPIC, TOPIC)?.values().sum::<i64>();
     assert_eq!(usize::try_from(end)?, sent, "{story:#?}");
     Ok(())
 }
@@ -127,7 +127,7 @@ fn the_way_back_loses_no_order() -> Result<()> {
     let mut last = example(&kafka, CLASSIC)?;
     last.wait_for("assigned: [0, 1, 2]", TIMEOUT)?;
     let deadline = Instant::now() + TIMEOUT;
-    while usize::try_from(committed(&kafka, TOPIC)?.values().sum::<i64>())? != sent {
+    while usize::try_from(committed(&kafka, TOPIC, TOPIC)?.values().sum::<i64>())? != sent {
         ensure!(Instant::now() < deadline, "not at the end: {story:#?}");
         std::thread::sleep(Duration::from_millis(100));
     }
@@ -162,7 +162,7 @@ fn two_members_share_and_one_takes_over_from_one_that_was_killed() -> Result<()>
     wait_for_all(&done(&mut first), std::slice::from_mut(&mut second), sent)?;
     second.terminate()?;
     second.wait(TIMEOUT)?.ok()?;
-    let end = committed(&kafka, TOPIC)?.values().sum::<i64>();
+    let end = committed(&kafka, TOPIC, TOPIC)?.values().sum::<i64>();
     assert_eq!(usize::try_from(end)?, sent);
     Ok(())
 }

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use compose::harness::{Example, Running, TIMEOUT};
 use compose::{Broker, Service};
+use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::groups::GroupInfo;
 use rdkafka::producer::{FutureProducer, FutureRecord};
-use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
+use crate::reader::committed;
 use crate::shared;
 
 const TOPIC: &str = "shutdown-tasks";
@@ -35,22 +36,6 @@ async fn send(kafka: &Broker, seconds: &[&str]) -> Result<()> {
         sent.map_err(|(error, _)| error)?;
     }
     Ok(())
-}
-
-/// The group's position in partition 0, asked of the broker; 0 where it has none.
-fn committed(kafka: &Broker) -> Result<i64> {
-    let observer: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .set("group.id", GROUP)
-        .create()?;
-    let mut list = TopicPartitionList::new();
-    list.add_partition(TOPIC, 0);
-    let list = observer.committed_offsets(list, TIMEOUT)?;
-    let entry = list.find_partition(TOPIC, 0).context("no partition 0")?;
-    Ok(match entry.offset() {
-        Offset::Offset(next) => next,
-        _ => 0,
-    })
 }
 
 /// How many times each task is done.
@@ -85,7 +70,7 @@ async fn stop_during_work_loses_and_repeats_no_task_and_the_successor_takes_over
         let begun = ended.stdout.matches("seconds of work").count();
         assert_eq!(ended.stdout.matches(": done").count(), begun);
         let count = done(&mut workers).len();
-        assert_eq!(committed(&kafka)?, i64::try_from(count)?);
+        assert_eq!(committed(&kafka, GROUP, TOPIC)?[&0], i64::try_from(count)?);
         assert!(count < 6, "the signal came after the last task");
         let begin = Instant::now();
         let mut successor = worker(&kafka)?;
@@ -97,7 +82,7 @@ async fn stop_during_work_loses_and_repeats_no_task_and_the_successor_takes_over
     last.wait_for("offset 5: done", TIMEOUT)?;
     last.terminate()?;
     last.wait(TIMEOUT)?.ok()?;
-    assert_eq!(committed(&kafka)?, 6);
+    assert_eq!(committed(&kafka, GROUP, TOPIC)?[&0], 6);
     let counts = done(&mut workers);
     assert!(
         counts.len() == 6 && counts.values().all(|count| *count == 1),
@@ -131,7 +116,7 @@ async fn second_ctrl_c_abandons_the_task_and_the_successor_repeats_it() -> Resul
         "{}",
         ended.stdout
     );
-    assert_eq!(committed(&kafka)?, 1);
+    assert_eq!(committed(&kafka, GROUP, TOPIC)?[&0], 1);
     let mut second = worker(&kafka)?;
     second.wait_for("offset 1: 600 seconds of work", AT_ONCE)?;
     Ok(())
@@ -162,7 +147,7 @@ async fn task_that_takes_too_long_is_abandoned() -> Result<()> {
         "{}",
         ended.stdout
     );
-    assert_eq!(committed(&kafka)?, 1);
+    assert_eq!(committed(&kafka, GROUP, TOPIC)?[&0], 1);
     Ok(())
 }
 

@@ -9,14 +9,16 @@ use rdkafka::admin::{
     AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication,
 };
 use rdkafka::client::DefaultClientContext;
-use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
-use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+use rdkafka::{ClientConfig, Message};
 
 use crate::administrator::tool;
-use crate::reader::{header, read, send_large};
+use crate::reader::{committed, header, read, send_large};
 use crate::shared;
+
+const TOPIC: &str = "reliable-orders";
+const GROUP: &str = "reliable-processor";
 
 type Bytes<'a> = Option<&'a [u8]>;
 
@@ -29,7 +31,7 @@ fn consumer(kafka: &Broker) -> Result<Running> {
 /// Writes the orders to one partition. The first creates the topic.
 fn send(kafka: &Broker, partition: &str, orders: &[&str]) -> Result<()> {
     Example::new(env!("CARGO_BIN_EXE_kafka_send"))
-        .args(["-p", partition, "reliable-orders"])
+        .args(["-p", partition, TOPIC])
         .args(orders)
         .broker(kafka)
         .spawn()?
@@ -43,30 +45,6 @@ fn stop(consumer: &mut Running) -> Result<()> {
     consumer.terminate()?;
     consumer.wait(TIMEOUT)?.ok()?;
     Ok(())
-}
-
-fn client(kafka: &Broker) -> Result<BaseConsumer> {
-    Ok(ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .set("group.id", "reliable-processor")
-        .set("enable.auto.commit", "false")
-        .create()?)
-}
-
-/// The group's positions, asked of the broker; -1 where it has none.
-fn committed(kafka: &Broker) -> Result<Vec<i64>> {
-    let mut list = TopicPartitionList::new();
-    list.add_partition_range("reliable-orders", 0, 2);
-    let list = client(kafka)?.committed_offsets(list, TIMEOUT)?;
-    let position = |offset| match offset {
-        Offset::Offset(next) => next,
-        _ => -1,
-    };
-    Ok(list
-        .elements()
-        .iter()
-        .map(|at| position(at.offset()))
-        .collect())
 }
 
 fn dead_letters(kafka: &Broker) -> Result<Vec<OwnedMessage>> {
@@ -96,7 +74,7 @@ async fn malformed_orders_are_dead_lettered_unchanged() -> Result<()> {
         let record = FutureRecord::<[u8], [u8]> {
             key,
             payload,
-            ..FutureRecord::to("reliable-orders").partition(0)
+            ..FutureRecord::to(TOPIC).partition(0)
         };
         let trace = Header {
             key: "trace",
@@ -106,13 +84,13 @@ async fn malformed_orders_are_dead_lettered_unchanged() -> Result<()> {
         let sent = producer.send(record, TIMEOUT).await;
         sent.map_err(|(error, _)| error)?;
     }
-    let large = send_large(&kafka, "reliable-orders").await?;
+    let large = send_large(&kafka, TOPIC).await?;
     send(&kafka, "0", &["order-6"])?;
 
     let mut consumer = consumer(&kafka)?;
     consumer.wait_for("offset 6: order-6 processed", TIMEOUT)?;
     stop(&mut consumer)?;
-    assert_eq!(committed(&kafka)?[0], 7);
+    assert_eq!(committed(&kafka, GROUP, TOPIC)?[&0], 7);
     let letters = dead_letters(&kafka)?;
     let bad: Vec<_> = bad.into_iter().chain([(None, Some(&large[..]))]).collect();
     assert_eq!(letters.len(), bad.len());
@@ -147,7 +125,7 @@ async fn without_a_dead_letter_the_position_does_not_pass_the_order() -> Result<
         let said = "cannot dead-letter reliable-orders/0/1; a restart repeats it";
         assert!(ended.stderr.contains(said), "{}", ended.stderr);
         assert!(ended.stderr.contains("MessageSizeTooLarge"));
-        assert_eq!(committed(&kafka)?[0], 1);
+        assert_eq!(committed(&kafka, GROUP, TOPIC)?[&0], 1);
     }
     let topic = ResourceSpecifier::Topic("reliable-orders.dlq");
     let larger = AlterConfig::new(topic).set("max.message.bytes", "5000");
@@ -157,7 +135,7 @@ async fn without_a_dead_letter_the_position_does_not_pass_the_order() -> Result<
     consumer.wait_for("offset 1: dead-lettered: invalid", TIMEOUT)?;
     consumer.wait_for("order-2 processed", TIMEOUT)?;
     stop(&mut consumer)?;
-    assert_eq!(committed(&kafka)?[0], 3);
+    assert_eq!(committed(&kafka, GROUP, TOPIC)?[&0], 3);
     assert_eq!(dead_letters(&kafka)?.len(), 1);
     Ok(())
 }
@@ -174,7 +152,7 @@ async fn no_permission_to_create_is_needed() -> Result<()> {
         ended.stderr
     );
 
-    for topic in ["reliable-orders", "reliable-orders.dlq"] {
+    for topic in [TOPIC, "reliable-orders.dlq"] {
         let create = ["--create", "--partitions", "5", "--topic", topic];
         tool(&kafka, "TopicCommand", &create)?;
     }
@@ -194,7 +172,7 @@ async fn after_sigkill_no_order_is_lost() -> Result<()> {
         .set("bootstrap.servers", kafka.address())
         .create()?;
     let sent = orders.iter().zip(0..).map(|(order, number)| {
-        let record = FutureRecord::<(), _>::to("reliable-orders");
+        let record = FutureRecord::<(), _>::to(TOPIC);
         producer.send(record.partition(number % 2).payload(order), TIMEOUT)
     });
     let sent = futures::future::try_join_all(sent).await;
@@ -213,7 +191,7 @@ async fn after_sigkill_no_order_is_lost() -> Result<()> {
         lines.iter().filter_map(order).collect()
     };
     let before = processed(first.lines());
-    let positions = committed(&kafka)?;
+    let positions = committed(&kafka, GROUP, TOPIC)?;
     assert!(before.len() < orders.len(), "the kill came too late");
 
     let mut second = consumer(&kafka)?;
@@ -226,9 +204,10 @@ async fn after_sigkill_no_order_is_lost() -> Result<()> {
     assert_eq!(all.len(), orders.len(), "lost");
     // The second has read on from the positions, not from the beginning. A commit that was on its way at the kill can
     // have arrived after the positions were read.
-    let start = |partition: usize| usize::try_from(positions[partition].max(0));
+    let start = |partition| usize::try_from(positions[&partition]);
     let left = orders.len() - start(0)? - start(1)?;
     assert!(after.len() <= left, "{} instead of {left}", after.len());
-    assert_eq!(committed(&kafka)?[..2], [2500, 2500]);
+    let ends = committed(&kafka, GROUP, TOPIC)?;
+    assert_eq!([ends[&0], ends[&1]], [2500, 2500]);
     Ok(())
 }

@@ -11,6 +11,7 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
+use crate::reader::positions;
 use crate::shared;
 
 const TOPIC: &str = "moved";
@@ -34,17 +35,9 @@ fn client(kafka: &Broker) -> Result<BaseConsumer> {
 }
 
 /// What the group has committed; -1 is nothing.
-fn committed(kafka: &Broker) -> Result<[i64; 3]> {
-    let mut list = TopicPartitionList::new();
-    list.add_partition_range(TOPIC, 0, 2);
-    let list = client(kafka)?.committed_offsets(list, TIMEOUT)?;
-    let mut found = [-1; 3];
-    for at in list.elements() {
-        if let Offset::Offset(offset) = at.offset() {
-            found[usize::try_from(at.partition())?] = offset;
-        }
-    }
-    Ok(found)
+fn committed(kafka: &Broker) -> Result<Vec<i64>> {
+    let positions = positions(kafka, GROUP, TOPIC)?.into_values();
+    Ok(positions.map(|next| next.unwrap_or(-1)).collect())
 }
 
 /// Three partitions with four records, one record and none. One record a minute, from noon.

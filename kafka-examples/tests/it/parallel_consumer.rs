@@ -7,10 +7,10 @@ use anyhow::{Context, Result, ensure};
 use compose::Broker;
 use compose::harness::{Example, Running, TIMEOUT};
 use futures::future::try_join_all;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::ClientConfig;
 use rdkafka::producer::{FutureProducer, FutureRecord};
-use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
+use crate::reader::committed;
 use crate::shared;
 
 const TOPIC: &str = "parallel-orders";
@@ -35,29 +35,6 @@ pub async fn send(kafka: &Broker, topic: &str, count: usize) -> Result<()> {
     });
     try_join_all(sent).await?;
     Ok(())
-}
-
-/// The positions of the group by partition, asked of the broker; 0 where it has none.
-pub fn committed(kafka: &Broker, topic: &str) -> Result<BTreeMap<i32, i64>> {
-    let observer: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .set("group.id", topic)
-        .create()?;
-    let metadata = observer.fetch_metadata(Some(topic), TIMEOUT)?;
-    let mut list = TopicPartitionList::new();
-    for partition in metadata.topics()[0].partitions() {
-        list.add_partition(topic, partition.id());
-    }
-    let list = observer.committed_offsets(list, TIMEOUT)?;
-    let position = |offset| match offset {
-        Offset::Offset(next) => next,
-        _ => 0,
-    };
-    let elements = list.elements();
-    let positions = elements
-        .iter()
-        .map(|at| (at.partition(), position(at.offset())));
-    Ok(positions.collect())
 }
 
 /// Partition, offset, and key of the records that are done, in the order in which they were done.
@@ -111,7 +88,7 @@ fn check_positions(positions: &BTreeMap<i32, i64>, done: &Done) {
 /// Waits until the broker has a position, and returns when it has moved.
 fn wait_for_commit(kafka: &Broker, from: i64) -> Result<()> {
     let deadline = Instant::now() + TIMEOUT;
-    while committed(kafka, TOPIC)?.values().sum::<i64>() <= from {
+    while committed(kafka, TOPIC, TOPIC)?.values().sum::<i64>() <= from {
         ensure!(Instant::now() < deadline, "nothing is committed");
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -143,7 +120,7 @@ async fn sigkill_loses_nothing_and_keeps_the_order_of_each_key() -> Result<()> {
             "no order overtook another, so no gap was possible"
         );
         all.extend(killed);
-        let positions = committed(&kafka, TOPIC)?;
+        let positions = committed(&kafka, TOPIC, TOPIC)?;
         check_positions(&positions, &all);
         before = positions.values().sum();
     }
@@ -163,7 +140,7 @@ async fn sigkill_loses_nothing_and_keeps_the_order_of_each_key() -> Result<()> {
     last.terminate()?;
     last.wait(TIMEOUT)?.ok()?;
     check_order(&done(&mut last)?);
-    let ends = committed(&kafka, TOPIC)?;
+    let ends = committed(&kafka, TOPIC, TOPIC)?;
     assert_eq!(usize::try_from(ends.values().sum::<i64>())?, ORDERS);
     Ok(())
 }
@@ -189,14 +166,14 @@ async fn commit_does_not_pass_an_order_that_is_not_done() -> Result<()> {
     }
     send(1, "1").await?;
     let deadline = Instant::now() + TIMEOUT;
-    while committed(&kafka, TOPIC)?[&1] != 1 {
+    while committed(&kafka, TOPIC, TOPIC)?[&1] != 1 {
         ensure!(Instant::now() < deadline, "nothing is committed");
         std::thread::sleep(Duration::from_millis(50));
     }
-    assert_eq!(committed(&kafka, TOPIC)?[&0], 1);
+    assert_eq!(committed(&kafka, TOPIC, TOPIC)?[&0], 1);
     member.terminate()?;
     member.wait(TIMEOUT)?.ok()?;
-    assert_eq!(committed(&kafka, TOPIC)?[&0], 1);
+    assert_eq!(committed(&kafka, TOPIC, TOPIC)?[&0], 1);
     // The next member repeats the orders after the slow one.
     example(&kafka)?.wait_for("partition 0 offset 2: ", TIMEOUT)?;
     Ok(())
@@ -219,7 +196,7 @@ async fn a_rebalance_amid_work_loses_nothing() -> Result<()> {
     loop {
         let now = done(&mut second)?;
         check_positions(
-            &committed(&kafka, TOPIC)?,
+            &committed(&kafka, TOPIC, TOPIC)?,
             &[first.clone(), done(&mut second)?].concat(),
         );
         if distinct([&first, &now]) == ORDERS {
@@ -234,7 +211,7 @@ async fn a_rebalance_amid_work_loses_nothing() -> Result<()> {
     }
     second.interrupt()?;
     second.wait(TIMEOUT)?.ok()?;
-    let ends = committed(&kafka, TOPIC)?;
+    let ends = committed(&kafka, TOPIC, TOPIC)?;
     assert_eq!(usize::try_from(ends.values().sum::<i64>())?, ORDERS);
     Ok(())
 }
@@ -260,7 +237,7 @@ async fn any_bytes_are_worked_on() -> Result<()> {
     }
     member.interrupt()?;
     member.wait(TIMEOUT)?.ok()?;
-    assert_eq!(committed(&kafka, TOPIC)?[&0], 16);
+    assert_eq!(committed(&kafka, TOPIC, TOPIC)?[&0], 16);
     Ok(())
 }
 
@@ -287,7 +264,7 @@ async fn sigterm_is_heard_while_one_key_is_busy() -> Result<()> {
     let done = done(&mut member)?;
     assert!(done.len() < ORDERS, "the signal was not heard");
     // All is committed but the records that were being processed.
-    let committed = usize::try_from(committed(&kafka, TOPIC)?[&0])?;
+    let committed = usize::try_from(committed(&kafka, TOPIC, TOPIC)?[&0])?;
     assert!(
         (1..=done.len()).contains(&committed) && done.len() - committed < 64,
         "{committed} of {done:?}"

@@ -9,7 +9,8 @@ use compose::harness::{Example, Running, TIMEOUT};
 use rdkafka::ClientConfig;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 
-use crate::parallel_consumer::{Done, check_order, committed, distinct, done, send};
+use crate::parallel_consumer::{Done, check_order, distinct, done, send};
+use crate::reader::committed;
 use crate::shared;
 
 const TOPIC: &str = "handover-orders";
@@ -159,7 +160,7 @@ fn handover(kafka: &Broker) -> Result<bool> {
     check_order(&before);
     check_order(&after);
     check_order(&[before.clone(), after].concat());
-    let end = committed(kafka, TOPIC)?.values().sum::<i64>();
+    let end = committed(kafka, TOPIC, TOPIC)?.values().sum::<i64>();
     assert_eq!(usize::try_from(end)?, sent);
     let overtaken = before
         .windows(2)
@@ -210,7 +211,7 @@ async fn an_order_that_takes_too_long_does_not_stop_a_rebalance_and_is_repeated(
         member.terminate()?;
         member.wait(TIMEOUT)?.ok()?;
     }
-    assert_eq!(committed(&kafka, TOPIC)?.values().sum::<i64>(), 6);
+    assert_eq!(committed(&kafka, TOPIC, TOPIC)?.values().sum::<i64>(), 6);
     Ok(())
 }
 
@@ -233,7 +234,7 @@ async fn sigkill_loses_nothing() -> Result<()> {
     wait_for_all(&before, &mut second, ORDERS)?;
     second.terminate()?;
     second.wait(TIMEOUT)?.ok()?;
-    let end = committed(&kafka, TOPIC)?.values().sum::<i64>();
+    let end = committed(&kafka, TOPIC, TOPIC)?.values().sum::<i64>();
     assert_eq!(usize::try_from(end)?, ORDERS);
     Ok(())
 }

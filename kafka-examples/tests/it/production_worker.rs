@@ -1,6 +1,5 @@
 //! The production worker loses no order and dead-letters only what its message is to blame for.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
@@ -10,13 +9,12 @@ use anyhow::{Context, Result, ensure};
 use compose::harness::{Example, Running, TIMEOUT, chance, http_get, produce_kafka_record};
 use compose::{Broker, Service};
 use futures::future::try_join_all;
-use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
-use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+use rdkafka::{ClientConfig, Message};
 
 use crate::administrator::{create_topic, tool};
-use crate::reader::header;
+use crate::reader::{committed, header};
 use crate::{reader, shared};
 
 const NAME: &str = "kafka_production_worker";
@@ -77,36 +75,6 @@ fn await_receipts(running: &mut Running, receipts: &Path, count: usize) -> Resul
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())
-}
-
-/// The committed position of each partition of the topic, asked of the broker.
-fn committed(kafka: &Broker) -> Result<BTreeMap<i32, i64>> {
-    let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", kafka.address());
-    let observer: BaseConsumer = config.set("group.id", "order-worker").create()?;
-    let metadata = observer.fetch_metadata(Some(TOPIC), TIMEOUT)?;
-    let mut list = TopicPartitionList::new();
-    for partition in metadata.topics()[0].partitions() {
-        list.add_partition(TOPIC, partition.id());
-    }
-    let position = |offset| match offset {
-        Offset::Offset(next) => next,
-        _ => 0,
-    };
-    let deadline = Instant::now() + TIMEOUT;
-    let list = loop {
-        match observer.committed_offsets(list.clone(), TIMEOUT) {
-            Ok(list) => break list,
-            // A broker that has just started looks for the group's coordinator first.
-            Err(error) => ensure!(Instant::now() < deadline, "{error}"),
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    };
-    let list = list.elements();
-    Ok(list
-        .iter()
-        .map(|at| (at.partition(), position(at.offset())))
-        .collect())
 }
 
 fn stop(running: &mut Running) -> Result<()> {
@@ -233,7 +201,7 @@ async fn sigkill_at_random_moments_loses_no_order() -> Result<()> {
         running.wait(TIMEOUT)?;
         killed += 1;
         // The committed position never passes an order that is not done.
-        let committed = committed(&kafka)?;
+        let committed = committed(&kafka, "order-worker", TOPIC)?;
         for (number, (partition, offset)) in places.iter().enumerate() {
             let is_committed = *offset < committed[partition];
             ensure!(
@@ -272,14 +240,17 @@ async fn the_committed_position_stays_at_an_order_that_hangs() -> Result<()> {
         lines.iter().any(|line| place(line) > Some(offset))
     };
     let deadline = Instant::now() + TIMEOUT;
-    while committed(&kafka)?[&partition] < offset || !later(&mut running) {
+    while committed(&kafka, "order-worker", TOPIC)?[&partition] < offset || !later(&mut running) {
         ensure!(Instant::now() < deadline, "{:?}", running.lines());
         std::thread::sleep(Duration::from_millis(20));
     }
     // Commits what is stored.
     running.terminate()?;
     running.wait(TIMEOUT)?.ok()?;
-    assert_eq!(committed(&kafka)?[&partition], offset);
+    assert_eq!(
+        committed(&kafka, "order-worker", TOPIC)?[&partition],
+        offset
+    );
     fs::remove_file(&pipe)?;
     let mut running = worker(&kafka, receipts)?;
     await_receipts(&mut running, receipts, 200)?;
@@ -303,7 +274,12 @@ async fn sigterm_finishes_the_orders_in_work_and_none_is_repeated() -> Result<()
     stop(&mut first)?;
     let before = done(&mut first);
     ensure!(before < ORDERS, "SIGTERM came too late");
-    assert_eq!(committed(&kafka)?.values().sum::<i64>(), before as i64);
+    assert_eq!(
+        committed(&kafka, "order-worker", TOPIC)?
+            .values()
+            .sum::<i64>(),
+        before as i64
+    );
     let mut second = worker(&kafka, folder.path())?;
     await_receipts(&mut second, folder.path(), ORDERS)?;
     stop(&mut second)?;

@@ -1,6 +1,6 @@
 //! A reader that shares no code with the examples.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -27,6 +27,45 @@ pub async fn send_large(kafka: &Broker, topic: &str) -> Result<Vec<u8>> {
     let sent = producer.send(record, TIMEOUT).await;
     sent.map_err(|(error, _)| error)?;
     Ok(payload)
+}
+
+/// The offset that the group has committed for each partition of the topic, asked of the broker.
+pub fn positions(kafka: &Broker, group: &str, topic: &str) -> Result<BTreeMap<i32, Option<i64>>> {
+    let observer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", kafka.address())
+        .set("group.id", group)
+        .create()?;
+    let metadata = observer.fetch_metadata(Some(topic), TIMEOUT)?;
+    let mut asked = TopicPartitionList::new();
+    for partition in metadata.topics()[0].partitions() {
+        asked.add_partition(topic, partition.id());
+    }
+    let deadline = Instant::now() + TIMEOUT;
+    let list = loop {
+        match observer.committed_offsets(asked.clone(), TIMEOUT) {
+            Ok(list) => break list,
+            // A broker that has just started looks for the group's coordinator first.
+            Err(error) => ensure!(Instant::now() < deadline, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    let position = |offset| match offset {
+        Offset::Offset(next) => Some(next),
+        _ => None,
+    };
+    let elements = list.elements();
+    let positions = elements
+        .iter()
+        .map(|at| (at.partition(), position(at.offset())));
+    Ok(positions.collect())
+}
+
+/// As [`positions`], with 0 where the group has committed nothing.
+pub fn committed(kafka: &Broker, group: &str, topic: &str) -> Result<BTreeMap<i32, i64>> {
+    let positions = positions(kafka, group, topic)?.into_iter();
+    Ok(positions
+        .map(|(partition, next)| (partition, next.unwrap_or(0)))
+        .collect())
 }
 
 /// All that a reader with this isolation sees, in the order of each partition.

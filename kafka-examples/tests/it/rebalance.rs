@@ -8,7 +8,7 @@ use compose::Broker;
 use compose::harness::{Example, Running, TIMEOUT};
 
 use crate::arriving_orders::with_orders;
-use crate::parallel_consumer::committed;
+use crate::reader::committed;
 use crate::shared;
 
 const TOPIC: &str = "rebalance-orders";
@@ -85,7 +85,7 @@ fn a_handover_repeats_nothing() -> Result<()> {
     );
     let twice = before.len() + done(&mut second).len() - sent;
     assert_eq!(twice, 0, "{:#?}{:#?}", said(&mut first), said(&mut second));
-    let end = usize::try_from(committed(&kafka, TOPIC)?.values().sum::<i64>())?;
+    let end = usize::try_from(committed(&kafka, TOPIC, TOPIC)?.values().sum::<i64>())?;
     assert_eq!(end, sent, "the last commit is not at the end");
     Ok(())
 }
