@@ -1,7 +1,7 @@
 //! Send dead letters back once their cause is gone, and delete them from the dead-letter topic
 //!
 //! Each dead letter of `kafka_retry_dlq` is written to the payments topic, with its key, payload and headers. It is
-//! deleted only after this copy is written. At least once: a crash between the two replays one letter twice.
+//! deleted only after this copy is written. At least once: after a crash or a failed call, a letter can be replayed twice.
 //!
 //! ```console
 //! $ cargo lab run kafka_send -p 0 retry-dlq.payments.dlq '{' '{"amount":5}'
@@ -10,13 +10,9 @@
 //! retry-dlq.payments.dlq/0/0: replayed
 //! retry-dlq.payments.dlq/0/1: replayed
 //! replayed: 2
-//! $ cargo lab run kafka_dlq_replay
-//! replayed: 0
 //! ```
 //!
-//! Notice:
-//! - It replays only letters that existed at its start. A replay can cause a new letter, which is not replayed.
-//! - It needs no group. The offsets of a group can expire, and then all letters would be replayed again.
+//! Notice: it replays only letters that existed at its start. A replay can cause a new letter, which is not replayed.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092). See also: kafka_retry_dlq, kafka_tail.
 
@@ -45,25 +41,24 @@ async fn main() -> anyhow::Result<()> {
     let admin: Admin = config.create()?;
     let producer: FutureProducer = config
         .clone()
-        .set("message.timeout.ms", "30000")
-        // The client checks the size before compression, the broker after it.
         .set("compression.type", "zstd")
         .set("message.max.bytes", "1000000000")
         .create()?;
     let consumer: BaseConsumer = config
         .set("group.id", "kafka_dlq_replay") // required, although this program joins no group
         .set("enable.auto.commit", "false")
+        .set("auto.offset.reset", "error") // the default would skip letters silently
         .set("enable.partition.eof", "true")
         .create()?;
     let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
-    let metadata = consumer.fetch_metadata(Some(DLQ), TIMEOUT).context(tip)?;
+    let all = consumer.fetch_metadata(Some(DLQ), TIMEOUT).context(tip)?;
     // Read all ends first: a replay can cause a new letter in any partition.
     let mut ranges = Vec::new();
-    let topics = metadata.topics().iter();
-    for partition in topics.flat_map(|topic| topic.partitions()) {
+    for partition in all.topics().iter().flat_map(|topic| topic.partitions()) {
         let (start, end) = consumer.fetch_watermarks(DLQ, partition.id(), TIMEOUT)?;
         ranges.push((partition.id(), start..end));
     }
+    ensure!(!ranges.is_empty(), "no topic {DLQ}, or no permission");
     let mut replayed = 0;
     for (partition, offsets) in ranges {
         // This deletes nothing. It fails if the permission DELETE is missing.
@@ -90,6 +85,11 @@ async fn replay(
         match consumer.poll(TIMEOUT).context("no answer for 5 seconds")? {
             Ok(letter) if letter.offset() < offsets.end => {
                 let offset = letter.offset();
+                let whole = letter.payload().is_some();
+                ensure!(
+                    whole,
+                    "offset {offset} has no payload: replay its header `origin`"
+                );
                 let mut record = FutureRecord::<[u8], [u8]>::to(PAYMENTS);
                 record.headers = letter.headers().map(|all| all.detach());
                 (record.key, record.payload) = (letter.key(), letter.payload());

@@ -134,3 +134,26 @@ async fn it_ends_while_its_replays_cause_new_letters_and_copies_odd_headers() ->
     assert_eq!(odd.and_then(|odd| Some(odd.headers()?.count())), Some(1));
     Ok(())
 }
+
+/// The letter of a record that was too large for the dead-letter topic has no payload.
+#[tokio::test]
+async fn a_letter_without_its_payload_is_kept_and_a_missing_topic_is_an_error() -> Result<()> {
+    let kafka = shared::kafka(&[NAME])?;
+    let missing = replay(&kafka)?.wait(TIMEOUT)?;
+    assert_eq!(missing.code(), 1);
+    let reason = "Error: no topic retry-dlq.payments.dlq";
+    ensure!(missing.stderr.contains(reason), "{}", missing.stderr);
+
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", kafka.address());
+    let producer: FutureProducer = config.create()?;
+    let record = FutureRecord::<(), ()>::to(DEAD_LETTERS).partition(0);
+    let sent = producer.send(record, TIMEOUT).await;
+    sent.map_err(|(error, _)| error)?;
+    let ended = replay(&kafka)?.wait(TIMEOUT)?;
+    assert_eq!(ended.code(), 1, "{}", ended.stdout);
+    let reason = "Error: offset 0 has no payload";
+    ensure!(ended.stderr.contains(reason), "{}", ended.stderr);
+    assert_eq!(left(&kafka)?, 1);
+    Ok(())
+}
