@@ -44,7 +44,7 @@ fn an_outage_loses_repeats_and_reorders_no_tick() -> Result<()> {
     ticks.terminate()?;
     let ended = ticks.wait(TIMEOUT)?.ok()?;
     let stdout = &ended.stdout;
-    let complete = stdout.ends_with("every tick has its delivery report\n");
+    let complete = stdout.ends_with("every tick is confirmed\n");
     assert!(complete, "{stdout}");
     assert!(!stdout.contains("not confirmed in time"), "{stdout}");
     let mut written = Vec::new();
@@ -93,7 +93,7 @@ async fn the_consumer_continues_after_an_outage_where_it_was() -> Result<()> {
         consumer.wait_for("waiting for the broker: ", TIMEOUT)?;
         kafka.restart(1)?;
         send(&kafka, &[reading]).await?;
-        consumer.wait_for("connected again", TIMEOUT)?;
+        consumer.wait_for("receiving again", TIMEOUT)?;
         consumer.wait_for(&format!("offset {number}: {reading}"), TIMEOUT)?;
     }
     consumer.terminate()?;
