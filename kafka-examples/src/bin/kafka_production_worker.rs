@@ -1,8 +1,8 @@
 //! A worker to start a service from: typed messages, retries, dead letters, metrics, a clean end
 //!
-//! Write your message type and your action below the line "yours from here". At least once: a record is committed when
-//! `handle` returned `Done`, or when a copy of it is in a retry topic (`Retry`) or in the dead-letter topic (`Dead`). The
-//! number of retries has no limit. Other orders overtake an order that waits for its retry.
+//! Write your message type and your action below the line "yours from here". At least once, and in no order: a record is
+//! committed when `handle` returned `Done`, or when a copy of it is in a retry topic (`Retry`, without a limit) or in the
+//! dead-letter topic (`Dead`, malformed, or a panic in `handle`).
 //!
 //! ```console
 //! $ cargo lab run kafka_send worker-orders '{"order_id":1,"amount_cents":500}' '{"order_id":"two"}'
@@ -15,8 +15,9 @@
 //! ```
 //!
 //! Notice:
-//! - A crash repeats the orders of the last second and those that were being handled. A rebalance repeats the latter.
-//! - 16 orders are handled at the same time. If one hangs, the orders after these 16 wait. After a minute it is retried.
+//! - A crash repeats the orders of the last second and the orders that are being handled. A rebalance repeats only these.
+//! - Each of the four topics has 16 orders in work. If one waits for a minute, it is retried; the orders after them wait.
+//! - It ends if the broker refuses a copy. Create its topics first, also the last one, `worker-orders.dlq`.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092), METRICS_PORT (none), RECEIPTS (.), RUST_LOG. See also: kafka_retry_dlq.
 
@@ -36,8 +37,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{sleep, timeout};
 use tracing::{Instrument, info_span};
 
-/// A record waits this long in the topic with this suffix. `Retry` moves it to the next topic, or from the last topic to
-/// the end of the same topic.
+/// How long a record waits in the topic with this suffix. After the last topic, the next is the last topic again.
 const DELAYS_MS: [u64; 4] = [0, 1000, 10_000, 60_000];
 const SUFFIXES: [&str; 4] = ["", ".retry-1s", ".retry-10s", ".retry-60s"];
 const CONCURRENCY: usize = 16;
@@ -83,7 +83,7 @@ async fn run() -> anyhow::Result<()> {
     closed.map(drop).context("cannot close: no broker answers")
 }
 
-/// Reads one of the topics, in its own group, so that a record that waits does not delay a rebalance of another topic.
+/// Reads one of the topics, in its own group: a record that waits delays only the rebalance of its own topic.
 struct Worker {
     stage: usize,
     consumer: StreamConsumer,
@@ -110,7 +110,7 @@ impl Worker {
             .await
     }
 
-    /// Waits until a record of a retry topic is due. The records after it are due later.
+    /// Waits until a record of a retry topic is due. The records after it in its partition are due later.
     async fn until_due<'a>(&self, record: Record<'a>) -> KafkaResult<Record<'a>> {
         let millis = |time: Timestamp| time.to_millis().unwrap_or(0);
         let age = millis(Timestamp::now()).saturating_sub(millis(record.timestamp()));
@@ -235,7 +235,7 @@ struct Order {
     amount_cents: u64,
 }
 
-/// Can be called twice with the same order.
+/// Can be called twice with the same order, also at the same time.
 async fn handle(order: Order) -> Outcome {
     if order.amount_cents == 0 {
         return Dead("nothing to pay".into());
