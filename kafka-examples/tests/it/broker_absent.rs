@@ -75,17 +75,20 @@ const ENDING: [(Call<'_>, Option<Call<'_>>); 12] = [
 #[test]
 fn an_address_that_refuses_is_no_error_while_another_answers() -> Result<()> {
     let kafka = shared::kafka(&names(&ENDING))?;
-    for ((program, args), feeder) in ENDING {
-        if let Some((feeder, args)) = feeder {
-            let feeder = Example::new(feeder).args(args).broker(&kafka);
-            feeder.spawn()?.wait(TIMEOUT)?.ok()?;
-        }
-        // The client chooses an address by chance.
-        for _ in 0..4 {
-            let brokers = format!("127.0.0.1:1,{}", kafka.address());
-            let example = Example::new(program).args(args).broker(&kafka);
-            let ended = example.env("KAFKA_BROKERS", brokers).spawn()?;
-            let ended = { ended }.wait(TIMEOUT)?;
+    for (feeder, args) in ENDING.iter().filter_map(|(_, feeder)| *feeder) {
+        let feeder = Example::new(feeder).args(args).broker(&kafka);
+        feeder.spawn()?.wait(TIMEOUT)?.ok()?;
+    }
+    let brokers = format!("127.0.0.1:1,{}", kafka.address());
+    // The client chooses an address by chance.
+    for _ in 0..4 {
+        let start = |((program, args), _): &(Call<'_>, _)| {
+            let example = Example::new(program).args(*args).broker(&kafka);
+            example.env("KAFKA_BROKERS", &brokers).spawn()
+        };
+        let running = ENDING.iter().map(start).collect::<Result<Vec<_>>>()?;
+        for (mut running, ((program, _), _)) in running.into_iter().zip(ENDING) {
+            let ended = running.wait(TIMEOUT)?;
             ended.ok().with_context(|| program.to_owned())?;
         }
     }

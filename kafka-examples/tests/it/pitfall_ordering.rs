@@ -107,7 +107,7 @@ fn examples_work_without_the_right_to_create_topics() -> Result<()> {
         .spawn()?
         .wait(TIMEOUT)?;
     assert!(
-        replay.stderr.contains("there is no topic"),
+        replay.stderr.contains("no topic replay-readings"),
         "{}",
         replay.stderr
     );
