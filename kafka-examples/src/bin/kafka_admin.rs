@@ -79,7 +79,7 @@ async fn delete(admin: &Admin) -> anyhow::Result<String> {
     Ok(deleted)
 }
 
-/// The pattern: the error codes in `fine` say that there may be nothing to do. `until` then checks that this is true.
+/// The pattern: the error codes in `fine` can mean that the work is done already. `until` then checks that this is true.
 fn outcome<T, N>(
     results: Vec<Result<T, (N, RDKafkaErrorCode)>>,
     fine: &[RDKafkaErrorCode],
@@ -91,12 +91,12 @@ fn outcome<T, N>(
     }
 }
 
-/// Waits until the broker's metadata shows the change. The controller answers a moment earlier.
+/// Waits until the broker's metadata shows the change. The answer can be a moment earlier.
 async fn until(change: &str, shown: impl AsyncFn() -> anyhow::Result<bool>) -> anyhow::Result<()> {
     let deadline = Instant::now() + TIMEOUT;
     while !shown().await? {
         let in_time = Instant::now() < deadline;
-        ensure!(in_time, "no broker shows that {TOPIC} {change}");
+        ensure!(in_time, "the broker does not show that {TOPIC} {change}");
         sleep(Duration::from_millis(50)).await;
     }
     Ok(())
@@ -113,6 +113,6 @@ fn partitions(admin: &Admin) -> anyhow::Result<usize> {
 
 fn options() -> AdminOptions {
     let options = AdminOptions::new().request_timeout(Some(TIMEOUT));
-    // The broker answers after the work, not before it.
+    // Lets the broker finish the work before it answers.
     options.operation_timeout(Some(TIMEOUT))
 }

@@ -15,7 +15,8 @@
 //! ```
 //!
 //! Notice:
-//! - A batch waits `linger.ms` for more messages. So a window of W sends at most W messages per 10 ms.
+//! - A batch waits `linger.ms` for more messages. So a window of W sends at most W messages per 10 ms, unless a batch is
+//!   full before that.
 //! - The timeout of `send` limits only the wait for room in the client's queue. With 0, a full queue refuses.
 //! - When the queue is full, `send` tries again every 100 ms. Keep the window smaller than the queue (100,000).
 //!

@@ -2,7 +2,7 @@
 //!
 //! Counts page views in windows of 5 seconds of event time, like kafka_window_aggregation. Although the process is killed
 //! at any moment, readers with `read_committed` find each view counted once in `page-views.counts`. There, the last record
-//! of a key is the count. A view that is too late or malformed is printed and not counted.
+//! of a key is the count of a page in a window and a partition. A view that is too late or malformed is only printed.
 //!
 //! ```console
 //! $ cargo lab run kafka_page_views 2026-01-01T12:00:00Z
@@ -17,13 +17,13 @@
 //! ```
 //!
 //! Notice:
-//! - Each position has the offset of the oldest view in an open window. A restart reads from there to rebuild the open
-//!   windows, without writing. Each view writes a new count, so no count waits for the next view.
-//! - When a second instance starts, the broker fences the first, and the first ends. A failed transaction ends the
-//!   program, too. The next start continues: let systemd or Kubernetes restart it.
-//! - A partition that is added to the topic is read after a restart. Deleted views are reported as LOST.
-//! - The broker deletes positions with the topic, or 7 days after the last commit (`offsets.retention.minutes`). Then all
-//!   views in the topic are counted again, under the same keys.
+//! - The metadata of each committed offset says where the oldest open window begins. A restart reads from there to rebuild
+//!   the open windows, without writing. A count is written at each view, not when its window closes.
+//! - When a second instance starts, the broker fences the first, which ends at its next commit. A failed transaction ends
+//!   the program, too. The next start continues: let systemd or Kubernetes restart it.
+//! - A partition that is added to the topic is read after a restart. If retention deletes views too early, it is reported.
+//! - The broker deletes positions with the topic, or 7 days after the last commit (`offsets.retention.minutes`). Then the
+//!   views that are still in the topic are counted again from 1, under the same keys.
 //!
 //! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_page_views, kafka_exactly_once.
 
@@ -105,7 +105,8 @@ fn assign(consumer: &StreamConsumer, mut all: TopicPartitionList) -> anyhow::Res
         let (oldest, mut watermark) = state.unwrap_or((next, DateTime::UNIX_EPOCH));
         if oldest < start {
             // Their windows could not be rebuilt, so close them.
-            println!("partition {id}: offsets {oldest} to {start} are LOST");
+            let lost = (start - next).max(0);
+            println!("partition {id}: views before offset {start} are deleted, {lost} are LOST");
             watermark += OUT_OF_ORDER + WINDOW + LATENESS;
         }
         all.set_partition_offset(VIEWS, id, Offset::Offset(oldest.max(start)))?;

@@ -1,7 +1,7 @@
 //! Exactly once: consume, transform and produce in Kafka transactions
 //!
-//! Orders become invoices. The invoices of a batch, its dead letters and the group's offsets are one transaction: all
-//! of them are written or none. A `read_committed` consumer sees each result once, in order per key, even if this
+//! Orders become invoices. The invoices of a batch, its dead letters and the group's offsets are one transaction: all of
+//! them become visible or none. A `read_committed` consumer sees each result once, in order per key, even if this
 //! program is killed. This is true only inside Kafka: another effect, such as a mail, can be repeated.
 //!
 //! ```console
@@ -19,11 +19,13 @@
 //! ```
 //!
 //! Notice:
-//! - The second program takes over the `transactional.id`. The first is fenced: it ends, and its batch is not written.
+//! - The second program takes over the `transactional.id`. The first is fenced: it ends, and its batch is not written. A
+//!   program that is frozen for longer than 15 seconds can be fenced, too.
 //! - Kafka deduplicates records, not orders. If an order is sent twice: kafka_idempotent_consumer.
-//! - An invoice that is too large for its topic ends the program, and a restart meets it again.
+//! - An invoice that is too large for its topic ends the program, and a restart meets it again. If a dead letter is too
+//!   large, the dead letters of its batch have no payload: their header `origin` says where the order is.
 //!
-//! Try: `kill -9` it while it works on many orders, and start it again. Settings: KAFKA_BROKERS (localhost:9092),
+//! Try: `kill -9` it at any time, and start it again (a stop first ends its batch, which can take a minute). Settings: KAFKA_BROKERS (localhost:9092),
 //! TRANSACTIONAL_ID (exactly-once-1; one for each program that shares the work), RUST_LOG. See also: order_pipeline.
 
 use std::sync::Arc;
@@ -122,7 +124,7 @@ fn connect(mut config: ClientConfig, id: &str) -> KafkaResult<Clients> {
         .set("group.id", GROUP)
         // A static member has its partitions back immediately after a crash. This id must be stable and unique, too.
         .set("group.instance.id", id)
-        // This also limits a join request that a restarted broker has lost.
+        // If a restarted broker forgets the join request, the client repeats it after this time.
         .set("max.poll.interval.ms", "45000")
         .set("auto.offset.reset", "earliest")
         .set("enable.auto.commit", "false")
@@ -142,8 +144,8 @@ async fn work((producer, consumer): &Clients, stop: &mut Stop<'_>) -> anyhow::Re
             batch = gather(consumer) => batch?,
         };
         let Some(batch) = batch else { continue };
-        // A dead letter that is too large for its topic is written without its payload. The second attempt fails,
-        // because the broker refused the first and expects its sequence number. So there is a third.
+        // If a dead letter is too large for its topic, all dead letters of the batch are written without their payloads. After
+        // the refusal, the broker still expects the refused sequence number: the second attempt fails, the third succeeds.
         let mut too_large = false;
         for attempt in 1..=3 {
             let Err(error) = transact(producer, &batch, !too_large).await else {
@@ -194,7 +196,7 @@ async fn transact(producer: &FutureProducer, batch: &Batch, payloads: bool) -> K
     let offsets = TopicPartitionList::from_topic_map(&next.collect())?;
     let (producer, member) = (producer.clone(), member.clone());
     let commit = move || {
-        // This fails after a failed delivery, with a better reason.
+        // After a failed delivery, this call returns the broker's reason.
         producer.send_offsets_to_transaction(&offsets, &member, TIMEOUT)?;
         sent.map_err(|(error, _)| error)?;
         producer.commit_transaction(TIMEOUT)

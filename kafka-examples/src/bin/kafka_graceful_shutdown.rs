@@ -1,7 +1,7 @@
 //! Stop a Kafka consumer: finish the current task, commit it, leave the group
 //!
 //! After Ctrl-C or SIGTERM it receives no more tasks. It finishes its task, commits, and leaves the group. So after a clean
-//! stop no finished task is repeated, and another member takes over immediately, without waiting for `session.timeout.ms`.
+//! stop no finished task is repeated, and the other members take over without waiting for `session.timeout.ms`.
 //! Each step has a time limit. The exit status is 1 if a step failed.
 //!
 //! ```console
@@ -19,8 +19,9 @@
 //! Notice:
 //! - The limits add up to 25 seconds. Kubernetes sends SIGKILL after 30 seconds, Docker after 10: use `docker stop -t 30`.
 //! - An abandoned task is not committed: it is repeated, so its effects must be idempotent.
-//! - With the broker down, commit and close can hang (librdkafka issue 3740). So a separate thread does both. Do not use
-//!   `spawn_blocking`: the runtime would wait for it.
+//! - With the broker down, commit and close can hang (librdkafka issue 3740). So a separate thread does both.
+//! - `process` must not block its thread: a signal is seen only while it awaits. The runtime also waits for
+//!   `spawn_blocking` at its end, without a limit: kafka_production_worker avoids this.
 //!
 //! Try: send 60 and press Ctrl-C twice. Stop the broker during the work, and press Ctrl-C. Settings: KAFKA_BROKERS
 //! (localhost:9092), RUST_LOG. See also: kafka_consumer_group, kafka_idempotent_consumer.
@@ -121,7 +122,7 @@ async fn leave(consumer: StreamConsumer) -> anyhow::Result<()> {
     let (left, answer) = oneshot::channel();
     thread::spawn(move || {
         let committed = consumer.commit_consumer_state(CommitMode::Sync);
-        // The close reports no error. So ask whether a broker answers.
+        // The close reports no error. So ask whether a broker answers just before it.
         let answered = consumer.fetch_metadata(None, TIMEOUT).map(drop);
         drop(consumer);
         let _ = left.send((committed, answered));
@@ -129,8 +130,8 @@ async fn leave(consumer: StreamConsumer) -> anyhow::Result<()> {
     let reason = "no broker answers: the last tasks may be repeated";
     let (committed, answered) = timeout(LEAVE, answer).await.context(reason)??;
     match committed {
-        // No offset: everything was committed already.
-        Ok(()) | Err(KafkaError::ConsumerCommit(NoOffset)) => println!("committed"),
+        Ok(()) => println!("committed"),
+        Err(KafkaError::ConsumerCommit(NoOffset)) => println!("nothing to commit"),
         Err(error) => bail!("not committed, the last tasks may be repeated: {error}"),
     }
     answered.context("no broker answers: the group was perhaps not left")?;

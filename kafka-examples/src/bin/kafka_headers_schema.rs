@@ -1,7 +1,7 @@
 //! Read Kafka events whose schema grows: the version in a header, and an old consumer that meets new events
 //!
 //! The version is in a header, so the reader decides before it parses. A new minor version adds fields. This reader was
-//! written for 1.1: it ignores unknown fields, and uses a default for the field that 1.0 does not have. A new major
+//! written for 1.1: it ignores unknown fields, and uses a default for a field that is missing, as in 1.0. A new major
 //! version has another meaning: the reader does not parse it. It prints each event that it cannot read, with the reason.
 //!
 //! ```console
@@ -107,7 +107,7 @@ fn parse(event: &BorrowedMessage<'_>) -> anyhow::Result<(String, OrderPlaced)> {
 
 /// A header can occur more than once: the last counts.
 fn version(event: &BorrowedMessage<'_>) -> anyhow::Result<Option<String>> {
-    // rdkafka panics if a header name is not UTF-8, and other clients can write such names.
+    // rdkafka panics if a header name is not UTF-8, and other clients can write such names. (Not with `panic = "abort"`.)
     let last = catch_unwind(AssertUnwindSafe(|| {
         let version = |header: &Header<'_, &[u8]>| header.key == VERSION_HEADER;
         event.headers()?.iter().filter(version).last()?.value

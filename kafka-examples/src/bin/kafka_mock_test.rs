@@ -1,6 +1,6 @@
 //! Unit tests without Kafka: a worker is tested on librdkafka's mock cluster
 //!
-//! The worker copies greetings to another topic, and commits a greeting when its copy is confirmed: at least once. The
+//! The worker copies greetings to another topic, and commits the offset when the copy is confirmed: at least once. The
 //! tests start a mock cluster in the test process, and make it return errors that are rare on a real broker. Test the
 //! program's reactions on the mock. Test guarantees on a real broker.
 //!
@@ -59,7 +59,8 @@ impl Worker {
         Ok(Worker { consumer, producer })
     }
 
-    /// The work: copies the next greeting, and commits it when the copy is confirmed.
+    /// The work: copies the next greeting, and commits its offset when the copy is confirmed. Do not cancel this future, and
+    /// end the worker when `seek` fails: otherwise the next call commits a later offset.
     async fn copy_one(&self) -> Result<String> {
         let received = timeout(TIMEOUT, self.consumer.recv()).await;
         let greeting = received.context("no greeting has arrived")??;

@@ -14,7 +14,8 @@
 //! - The event time is in the payload. The record's own timestamp can be replaced by the broker (`LogAppendTime`).
 //! - The last three views happen 20 seconds after the others. They close all earlier windows.
 //!
-//! Try: run it twice with the same start while kafka_crash_safe_windows runs. All views of the second run are too late.
+//! Try: run it twice with the same start while kafka_crash_safe_windows runs. In the second run, only the last three views
+//! are not too late.
 //! Usage: kafka_page_views [START], by default the current minute. Settings: KAFKA_BROKERS (localhost:9092).
 //! See also: kafka_window_aggregation, kafka_crash_safe_windows.
 

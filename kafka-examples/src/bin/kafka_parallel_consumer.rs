@@ -1,8 +1,8 @@
 //! Process many records at the same time, in order per key, and commit only up to the first that is not done
 //!
-//! Records with the same key are processed one after another, other records at the same time. They finish out of order. A
-//! commit says that all earlier records are done, so the program commits the lowest offset that is not done. At least once:
-//! a crash, a stop or a rebalance repeats records from the last commit on, and loses nothing.
+//! In one member, records with the same key are processed one after another, other records at the same time. They finish out
+//! of order. A commit says that all earlier records are done, so the program commits the lowest offset that is not done. At
+//! least once: a crash, a stop or a rebalance repeats records from the last commit on, and loses nothing.
 //!
 //! ```console
 //! 1$ cargo lab run kafka_send -K : parallel-orders ann:order-0 ben:order-1 ann:order-2
@@ -16,9 +16,9 @@
 //!
 //! Notice:
 //! - The usual mistake is to commit each record when it is done: a commit of offset 9 also commits 5.
-//! - `IN_FLIGHT` limits the records in memory. A slow key can fill it, and then all other keys wait.
+//! - `IN_FLIGHT` limits the records that are being processed. A slow key can fill it, and then all other keys wait.
 //! - A slow record holds back the commit of its partition: a crash repeats all records after it.
-//! - Every record counts as done: kafka_manual_commit dead-letters an order that fails.
+//! - Here no record can fail. kafka_manual_commit shows what to do when one fails.
 //!
 //! Try: send the lines of a large file, `kill -9` the consumer, and start it again. Settings: KAFKA_BROKERS
 //! (localhost:9092), RUST_LOG. See also: kafka_parallel_rebalance, which finishes its records before it gives them up.

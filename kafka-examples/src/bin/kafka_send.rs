@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Notice:
-//! - Records with the same key go to the same partition. Records without a key are spread over all partitions.
+//! - Records with the same key go to the same partition. Records without a key go to one partition after the other.
 //! - A null payload (`-Z`) is a tombstone: in a compacted topic it deletes its key.
 //! - "may or may not be written" is not a failure: the broker did not answer in time. The record can be in the topic.
 //!

@@ -12,11 +12,11 @@
 //! ```
 //!
 //! Notice:
-//! - Records of open and of aborted transactions are not shown (`isolation.level=read_committed`, the default).
+//! - Records of aborted transactions, and records after an open one, are not shown (`isolation.level=read_committed`).
 //! - The list of partitions is read once, at the start. A partition that is added later is not read.
 //!
 //! Usage: kafka_tail [-e] [-o OFFSET] TOPIC. OFFSET is beginning (the default), end, a number, or -N for the last N
-//! records of each partition. With `-e` it ends at the end of the topic. Settings: KAFKA_BROKERS (localhost:9092),
+//! offsets of each partition. A number outside the topic means its beginning. With `-e` it ends at the end of the topic. Settings: KAFKA_BROKERS (localhost:9092),
 //! RUST_LOG. See also: kafka_send, kafka_replay.
 
 use std::collections::BTreeSet;
@@ -115,7 +115,7 @@ fn line(record: &BorrowedMessage<'_>) -> String {
     line + ": " + &record.payload().map_or("(null)".into(), text)
 }
 
-/// Prints UTF-8 unchanged and escapes other bytes.
+/// Escapes bytes that are not UTF-8. Control characters are not escaped.
 fn text(bytes: &[u8]) -> String {
     std::str::from_utf8(bytes).map_or_else(|_| bytes.escape_ascii().to_string(), str::to_owned)
 }

@@ -1,7 +1,7 @@
 //! Change one setting of a topic without losing the others
 //!
 //! A change with `alter_configs` replaces all settings of the topic: a setting that is not in the request returns to
-//! its default. So the program reads the settings, changes one of them, and writes back all.
+//! its default. The program first makes this mistake. Then it reads the settings, changes one, and writes back all.
 //!
 //! ```console
 //! $ cargo lab run kafka_topic_config
@@ -100,6 +100,6 @@ async fn alter(admin: &Admin, new: &Settings) -> anyhow::Result<()> {
 
 fn options() -> AdminOptions {
     let options = AdminOptions::new().request_timeout(Some(TIMEOUT));
-    // The broker answers after the work, not before it.
+    // Lets the broker create the topic before it answers. It does not help with settings: `alter` waits for them.
     options.operation_timeout(Some(TIMEOUT))
 }
