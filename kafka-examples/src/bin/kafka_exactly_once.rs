@@ -25,8 +25,8 @@
 //! - An invoice that is too large for its topic ends the program, and a restart meets it again. If a dead letter is too
 //!   large, the dead letters of its batch have no payload: their header `origin` says where the order is.
 //!
-//! Try: `kill -9` it at any time, and start it again (a stop first ends its batch, which can take a minute). Settings: KAFKA_BROKERS (localhost:9092),
-//! TRANSACTIONAL_ID (exactly-once-1; one for each program that shares the work), RUST_LOG. See also: order_pipeline.
+//! Try: `kill -9` it at any time, and start it again. (A stop first ends its batch, which can take a minute.) Settings:
+//! KAFKA_BROKERS (localhost:9092), TRANSACTIONAL_ID (exactly-once-1; one for each program that shares the work), RUST_LOG.
 
 use std::sync::Arc;
 use std::thread;
@@ -144,8 +144,8 @@ async fn work((producer, consumer): &Clients, stop: &mut Stop<'_>) -> anyhow::Re
             batch = gather(consumer) => batch?,
         };
         let Some(batch) = batch else { continue };
-        // If a dead letter is too large for its topic, all dead letters of the batch are written without their payloads. After
-        // the refusal, the broker still expects the refused sequence number: the second attempt fails, the third succeeds.
+        // If a dead letter is too large for its topic, all dead letters of the batch are written without payloads. After
+        // the refusal, the broker expects the refused sequence number: the second attempt fails, the third succeeds.
         let mut too_large = false;
         for attempt in 1..=3 {
             let Err(error) = transact(producer, &batch, !too_large).await else {

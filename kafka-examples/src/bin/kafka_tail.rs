@@ -15,9 +15,9 @@
 //! - Records of aborted transactions, and records after an open one, are not shown (`isolation.level=read_committed`).
 //! - The list of partitions is read once, at the start. A partition that is added later is not read.
 //!
-//! Usage: kafka_tail [-e] [-o OFFSET] TOPIC. OFFSET is beginning (the default), end, a number, or -N for the last N
-//! offsets of each partition. A number outside the topic means its beginning. With `-e` it ends at the end of the topic. Settings: KAFKA_BROKERS (localhost:9092),
-//! RUST_LOG. See also: kafka_send, kafka_replay.
+//! Usage: kafka_tail [-e] [-o OFFSET] TOPIC. OFFSET is beginning (the default), end, a number (outside the topic it
+//! means the beginning), or -N for the last N offsets of each partition. With `-e` it ends at the end of the topic.
+//! Settings: KAFKA_BROKERS (localhost:9092), RUST_LOG. See also: kafka_send, kafka_replay.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
