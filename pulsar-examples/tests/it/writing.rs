@@ -77,7 +77,8 @@ async fn keys_go_where_java_sends_them_and_two_consumers_share_the_partitions() 
     until("all are acknowledged", all_done).await?;
     anna.kill()?;
     run(PARTITIONED, broker, &["send", "120"])?;
-    until("all are acknowledged by one", all_done).await?;
+    let done = until("all are acknowledged by one", all_done).await;
+    done.with_context(|| format!("ben: {:?}", ben.lines()))?;
     stop(&mut ben)?;
 
     let mut orders: BTreeMap<String, Vec<u32>> = BTreeMap::new();
