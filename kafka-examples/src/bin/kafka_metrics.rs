@@ -61,10 +61,8 @@ async fn main() -> anyhow::Result<()> {
     let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
     consumer.fetch_metadata(Some(TOPIC), TIMEOUT).context(tip)?;
     let tip = format!("cannot serve metrics at port {port}; METRICS_PORT chooses another port");
-    println!(
-        "metrics: http://{}/metrics",
-        serve_metrics(port).context(tip)?
-    );
+    let address = serve_metrics(port).context(tip)?;
+    println!("metrics: http://{address}/metrics");
     consumer.subscribe(&[TOPIC])?;
 
     let worked = work(&consumer).await;

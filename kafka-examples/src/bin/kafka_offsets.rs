@@ -74,13 +74,9 @@ fn run(args: &[String]) -> anyhow::Result<()> {
     // This client asks and commits for the group, and does not join it.
     let client: BaseConsumer = config.clone().set("group.id", group).create()?;
     let tip = format!("no Kafka broker answers at {brokers}; `cargo lab up kafka` starts one");
-    let metadata = client.fetch_metadata(Some(topic), TIMEOUT).context(tip)?;
+    let found = client.fetch_metadata(Some(topic), TIMEOUT).context(tip)?;
     let mut all = TopicPartitionList::new();
-    for partition in metadata
-        .topics()
-        .iter()
-        .flat_map(|topic| topic.partitions())
-    {
+    for partition in found.topics().iter().flat_map(|topic| topic.partitions()) {
         all.add_partition(topic, partition.id());
     }
     ensure!(all.count() > 0, "no topic {topic}, or no permission");
@@ -131,9 +127,8 @@ fn show(client: &BaseConsumer, group: &str, all: &TopicPartitionList) -> anyhow:
     let ends = resolve(client, all, Offset::End)?;
     let bounds = starts.elements().into_iter().zip(ends.elements());
     for (committed, (start, end)) in committed.elements().iter().zip(bounds) {
-        let (id, raw) = (committed.partition(), |at: Offset| {
-            at.to_raw().unwrap_or(-1)
-        });
+        let id = committed.partition();
+        let raw = |at: Offset| at.to_raw().unwrap_or(-1);
         let (start, end) = (raw(start.offset()), raw(end.offset()));
         let state = match raw(committed.offset()) {
             at if at < 0 => "nothing committed: auto.offset.reset applies".into(),
