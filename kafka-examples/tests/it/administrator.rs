@@ -13,14 +13,14 @@ pub fn admin(kafka: &Broker) -> Result<AdminClient<DefaultClientContext>> {
     Ok(config.set("bootstrap.servers", kafka.address()).create()?)
 }
 
-/// Creates a topic with one copy of each partition.
+/// Creates a topic with as many copies as the broker makes by default: one on each node.
 pub async fn create_topic(
     kafka: &Broker,
     name: &str,
     partitions: i32,
     settings: &[(&str, &str)],
 ) -> Result<()> {
-    let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+    let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(-1));
     for (setting, value) in settings {
         topic = topic.set(setting, value);
     }

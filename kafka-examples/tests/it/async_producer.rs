@@ -5,11 +5,10 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use compose::Service;
 use compose::harness::{Example, Proxy, TIMEOUT};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
+use crate::administrator::create_topic;
 use crate::shared;
 
 const TOPIC: &str = "group-orders";
@@ -59,12 +58,7 @@ fn each_record_is_at_the_printed_partition_and_offset() -> Result<()> {
 #[tokio::test]
 async fn too_large_record_is_refused() -> Result<()> {
     let kafka = shared::kafka(&["kafka_async_producer"])?;
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    let topic = NewTopic::new(TOPIC, 1, TopicReplication::Fixed(1)).set("max.message.bytes", "50");
-    let created = admin.create_topics([&topic], &AdminOptions::new()).await?;
-    assert_eq!(created, [Ok(TOPIC.to_owned())]);
+    create_topic(&kafka, TOPIC, 1, &[("max.message.bytes", "50")]).await?;
     let ended = producer().broker(&kafka).spawn()?.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1, "{}", ended.stdout);
     let refused = "order-123 is refused: Message production error: MessageSizeTooLarge";

@@ -5,10 +5,9 @@ use std::collections::HashMap;
 use anyhow::{Context, Result};
 use compose::Broker;
 use compose::harness::{Example, TIMEOUT};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
-use rdkafka::{ClientConfig, Message};
+use rdkafka::Message;
 
+use crate::administrator::create_topic;
 use crate::reader::read;
 use crate::shared;
 
@@ -69,13 +68,7 @@ fn sent_messages_are_in_the_topic_once_and_the_window_sets_the_rate() -> Result<
 #[tokio::test]
 async fn refusal_by_the_broker_is_an_error_with_its_cause() -> Result<()> {
     let kafka = shared::kafka(&["kafka_batch_producer"])?;
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    let topic = NewTopic::new("test-topic", 2, TopicReplication::Fixed(1));
-    let topic = topic.set("max.message.bytes", "50");
-    let created = admin.create_topics([&topic], &AdminOptions::new()).await?;
-    assert_eq!(created, [Ok("test-topic".to_owned())]);
+    create_topic(&kafka, "test-topic", 2, &[("max.message.bytes", "50")]).await?;
     let producer = Example::new(env!("CARGO_BIN_EXE_kafka_batch_producer"));
     let ended = producer.broker(&kafka).spawn()?.wait(TIMEOUT)?;
     assert_eq!(ended.code(), 1, "{}", ended.stdout);

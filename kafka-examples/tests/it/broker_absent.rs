@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use compose::harness::{Call, Example, ExampleInfo, TIMEOUT, Workspace, names, without_broker};
 use compose::{Broker, Service, call};
 
-use crate::consumers::CONSUMERS;
+use crate::consumers::{CONSUMERS, example};
 use crate::shared;
 
 /// All of the package, so that a new example is tried too.
@@ -103,11 +103,7 @@ fn a_signal_ends_every_program_although_the_broker_died() -> Result<()> {
     const LIMIT: Duration = Duration::from_secs(60);
     let kafka = Broker::private(Service::Kafka)?;
     let folder = tempfile::tempdir()?;
-    let example = |(program, args): Call<'_>| {
-        let example = Example::new(program).args(args).broker(&kafka);
-        let example = example.current_dir(folder.path());
-        example.env("METRICS_PORT", "0").env("LAG_INTERVAL", "1")
-    };
+    let example = |call| example(call, &kafka, folder.path());
     // One after another: each has to be served within seconds by a broker that has just started.
     for feeder in CONSUMERS.iter().filter_map(|(_, feeder, _)| *feeder) {
         example(feeder).spawn()?.wait(TIMEOUT)?.ok()?;

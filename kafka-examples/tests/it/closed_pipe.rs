@@ -3,7 +3,7 @@
 use anyhow::Result;
 use compose::harness::{Example, TIMEOUT, closed_pipe, names};
 
-use crate::consumers::CONSUMERS;
+use crate::consumers::{CONSUMERS, with_settings};
 use crate::shared;
 
 #[test]
@@ -18,7 +18,6 @@ fn every_program_ends_when_nothing_reads_its_output() -> Result<()> {
     views.spawn()?.wait(TIMEOUT)?.ok()?;
     let folder = tempfile::tempdir()?;
     closed_pipe(&programs, |example| {
-        let example = example.current_dir(folder.path()).broker(&kafka);
-        example.env("LAG_INTERVAL", "1").env("METRICS_PORT", "0")
+        with_settings(example.current_dir(folder.path()).broker(&kafka))
     })
 }

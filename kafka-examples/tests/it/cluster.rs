@@ -1,12 +1,13 @@
 //! On a cluster of three nodes, a node dies: the programs that run until stopped continue with the other two.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use compose::harness::{Example, Running, TIMEOUT};
+use anyhow::{Context, Result, bail, ensure};
+use compose::harness::{Call, Running, TIMEOUT};
 use compose::{Broker, Service};
 
-use crate::consumers::{CONSUMERS, Fed};
+use crate::consumers::{CONSUMERS, Fed, example};
 
 /// How long the members of a group may wait for a new leader, a new coordinator, and the killed node's session.
 const LIMIT: Duration = Duration::from_secs(150);
@@ -15,7 +16,6 @@ const ENDS: &str = "kafka_crash_safe_windows";
 
 struct Program<'a> {
     fed: Fed<'a>,
-    example: Box<dyn Fn() -> Result<Running> + 'a>,
     running: Running,
     /// The lines about records that it had printed before this part of the test.
     before: usize,
@@ -30,12 +30,13 @@ impl Program<'_> {
         lines.iter().filter(|line| line.contains(part)).count()
     }
 
-    fn has_printed_more(&mut self) -> Result<bool> {
+    fn has_printed_more(&mut self, kafka: &Broker, folder: &Path) -> Result<bool> {
         let (program, _) = self.fed.0;
         if let Some(ended) = self.running.try_wait()? {
             let lines = self.running.lines();
             ensure!(program.ends_with(ENDS), "{program}: {ended}: {lines:?}");
-            (self.running, self.before) = ((self.example)()?, 0);
+            self.running = example(self.fed.0, kafka, folder).spawn()?;
+            self.before = 0;
         }
         Ok(self.printed() > self.before)
     }
@@ -45,19 +46,13 @@ impl Program<'_> {
 fn every_program_continues_when_a_node_of_three_dies() -> Result<()> {
     let kafka = Broker::private_cluster(Service::Kafka, 3)?;
     let folder = tempfile::tempdir()?;
-    let start = |(program, args): (&str, &[&str])| {
-        let example = Example::new(program).args(args).broker(&kafka);
-        let example = example.current_dir(folder.path());
-        let example = example.env("LAG_INTERVAL", "1").env("METRICS_PORT", "0");
-        example.spawn()
-    };
+    let start = |call| example(call, &kafka, folder.path()).spawn();
     // Some need their topic at the start.
     feed(&start, CONSUMERS.iter().filter_map(|fed| fed.1))?;
     let mut programs = Vec::new();
     for fed in CONSUMERS {
         programs.push(Program {
             fed,
-            example: Box::new(move || start(fed.0)),
             running: start(fed.0)?,
             before: 0,
         });
@@ -77,7 +72,7 @@ fn every_program_continues_when_a_node_of_three_dies() -> Result<()> {
             feed(&start, waiting.iter().filter_map(|program| program.fed.1))?;
             let mut still = Vec::new();
             for program in waiting {
-                if !program.has_printed_more()? {
+                if !program.has_printed_more(&kafka, folder.path())? {
                     still.push(program);
                 }
             }
@@ -87,7 +82,7 @@ fn every_program_continues_when_a_node_of_three_dies() -> Result<()> {
                 let lines = program.running.lines();
                 let last = &lines[lines.len().saturating_sub(5)..];
                 let (name, _) = program.fed.0;
-                anyhow::bail!("killed: {killed:?}, {name} waits: {last:?}");
+                bail!("killed: {killed:?}, {name} waits: {last:?}");
             }
         }
     }
@@ -101,8 +96,8 @@ fn every_program_continues_when_a_node_of_three_dies() -> Result<()> {
 
 /// Runs the programs that write records. During the death of a node, one may fail.
 fn feed<'a>(
-    start: &impl Fn((&'a str, &'a [&'a str])) -> Result<Running>,
-    feeders: impl Iterator<Item = (&'a str, &'a [&'a str])>,
+    start: &impl Fn(Call<'a>) -> Result<Running>,
+    feeders: impl Iterator<Item = Call<'a>>,
 ) -> Result<()> {
     for mut feeder in feeders.map(start).collect::<Result<Vec<_>>>()? {
         feeder.wait(TIMEOUT)?;

@@ -1,7 +1,9 @@
 //! The programs that run until Ctrl-C or SIGTERM.
 
-use compose::call;
-use compose::harness::Call;
+use std::path::Path;
+
+use compose::harness::{Call, Example};
+use compose::{Broker, call};
 
 /// A program, the records or the other program that give it something to print, and a part of what it then prints. One
 /// without a second call prints by itself.
@@ -11,6 +13,17 @@ macro_rules! fed {
     ($name:literal, [$($record:literal),+], $printed:literal) => {
         (call!($name), Some(call!("kafka_send", $($record),+)), $printed)
     };
+}
+
+/// A program of the list, or one that feeds it, with the settings that some of them need.
+pub fn example((program, args): Call<'_>, kafka: &Broker, folder: &Path) -> Example {
+    let example = Example::new(program).args(args).broker(kafka);
+    with_settings(example.current_dir(folder))
+}
+
+/// Small and free, so that a test can run all of them at the same time.
+pub fn with_settings(example: Example) -> Example {
+    example.env("LAG_INTERVAL", "1").env("METRICS_PORT", "0")
 }
 
 /// One of each kind.

@@ -13,7 +13,7 @@ use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::administrator::{admin, create_topic, tool};
-use crate::reader::{await_markers, read, send_large};
+use crate::reader::{await_markers, left, read, send_large};
 use crate::shared;
 
 const VIEWS: &str = "page-views";
@@ -118,31 +118,19 @@ fn not_counted<S: AsRef<str>>(lines: &[S], reason: &str) -> Result<BTreeSet<(i32
     Ok(places)
 }
 
-/// How many views are after the committed positions of all partitions.
-fn left(kafka: &Broker) -> Result<i64> {
-    let judge: BaseConsumer = ClientConfig::new()
+fn judge(kafka: &Broker) -> Result<BaseConsumer> {
+    Ok(ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .set("group.id", "crash-safe-windows")
-        .create()?;
-    let metadata = judge.fetch_metadata(Some(VIEWS), TIMEOUT)?;
-    let mut left = 0;
-    for partition in metadata.topics()[0].partitions() {
-        let mut at = TopicPartitionList::new();
-        at.add_partition(VIEWS, partition.id());
-        let position = match judge.committed_offsets(at, TIMEOUT)?.elements()[0].offset() {
-            Offset::Offset(position) => position,
-            _ => 0,
-        };
-        left += judge.fetch_watermarks(VIEWS, partition.id(), TIMEOUT)?.1 - position;
-    }
-    Ok(left)
+        .create()?)
 }
 
 fn wait_until_done(kafka: &Broker, running: &mut Running) -> Result<()> {
+    let judge = judge(kafka)?;
     let deadline = Instant::now() + 2 * TIMEOUT;
     loop {
         // A broker that has just started answers with an error.
-        let left = left(kafka);
+        let left = left(&judge, VIEWS);
         if matches!(left, Ok(0)) {
             // The positions can be visible a moment before the results.
             return await_markers(kafka, COUNTS);
@@ -194,7 +182,7 @@ fn after_kills_and_a_broker_restart_each_view_is_counted_once_or_printed() -> Re
         running.kill()?;
         running.wait(TIMEOUT)?;
         lines.extend(running.lines());
-        interrupted += i32::from(left(&kafka)? > 0);
+        interrupted += i32::from(left(&judge(&kafka)?, VIEWS)? > 0);
         if round == 2 {
             kafka.kill(1)?;
             kafka.restart(1)?;
@@ -430,7 +418,9 @@ async fn a_topic_that_was_created_again_is_counted_from_its_start() -> Result<()
     ensure!(deleted.iter().all(Result::is_ok), "{deleted:?}");
     // The name is free again a moment later.
     let deadline = Instant::now() + TIMEOUT;
-    while create_topic(&kafka, VIEWS, 1, &[]).await.is_err() && !matches!(left(&kafka), Ok(0)) {
+    while create_topic(&kafka, VIEWS, 1, &[]).await.is_err()
+        && !matches!(left(&judge(&kafka)?, VIEWS), Ok(0))
+    {
         ensure!(Instant::now() < deadline, "not created again");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

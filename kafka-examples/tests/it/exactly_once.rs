@@ -7,16 +7,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use compose::harness::{Direction, Example, Proxy, Running, TIMEOUT};
 use compose::{Broker, Service};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
-use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+use rdkafka::{ClientConfig, Message};
 
 use crate::administrator::create_topic;
 use crate::ending::is_ending;
-use crate::reader::{await_markers, header, read, send_large};
+use crate::reader::{await_markers, header, left, read, send_large};
 use crate::shared;
 
 const ORDERS: &str = "exactly-once.orders";
@@ -41,14 +39,9 @@ fn another_worker(kafka: &Broker, id: &str) -> Result<Running> {
 
 /// Topics with other numbers of partitions than the broker would choose.
 async fn create_topics(kafka: &Broker) -> Result<()> {
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    let topics = [(ORDERS, 6), (INVOICES, 4), (DEAD_LETTERS, 1)]
-        // -1 is the broker's default: as many copies as nodes.
-        .map(|(name, partitions)| NewTopic::new(name, partitions, TopicReplication::Fixed(-1)));
-    let created = admin.create_topics(&topics, &AdminOptions::new()).await?;
-    ensure!(created.iter().all(Result::is_ok), "{created:?}");
+    for (name, partitions) in [(ORDERS, 6), (INVOICES, 4), (DEAD_LETTERS, 1)] {
+        create_topic(kafka, name, partitions, &[]).await?;
+    }
     Ok(())
 }
 
@@ -104,28 +97,13 @@ fn partitions(judge: &BaseConsumer, topic: &str) -> Result<i32> {
     Ok(i32::try_from(metadata.topics()[0].partitions().len())?)
 }
 
-/// How many records the group has not committed.
-fn left(judge: &BaseConsumer) -> Result<i64> {
-    let mut left = 0;
-    for partition in 0..partitions(judge, ORDERS)? {
-        let mut at = TopicPartitionList::new();
-        at.add_partition(ORDERS, partition);
-        let position = match judge.committed_offsets(at, TIMEOUT)?.elements()[0].offset() {
-            Offset::Offset(position) => position,
-            _ => 0,
-        };
-        left += judge.fetch_watermarks(ORDERS, partition, TIMEOUT)?.1 - position;
-    }
-    Ok(left)
-}
-
 /// Waits until the group has committed the end of all orders.
 fn wait_until_done(kafka: &Broker, worker: &mut Running) -> Result<()> {
     let judge = judge(kafka, "read_uncommitted")?;
     let deadline = Instant::now() + 3 * TIMEOUT;
     loop {
         // A broker that has just started answers with errors.
-        let left = left(&judge);
+        let left = left(&judge, ORDERS);
         if matches!(left, Ok(0)) {
             // The positions can be visible a moment before the results.
             await_markers(kafka, INVOICES)?;
@@ -464,7 +442,7 @@ async fn invoice_that_is_too_large_ends_the_program_with_its_reason() -> Result<
     let error = ended.stderr.split("Error: ").nth(1).unwrap_or_default();
     let reason = "Message size too large";
     assert!(error.contains(reason), "{}", ended.stderr);
-    assert_eq!(left(&judge(&kafka, "read_uncommitted")?)?, 1);
+    assert_eq!(left(&judge(&kafka, "read_uncommitted")?, ORDERS)?, 1);
     Ok(())
 }
 

@@ -7,11 +7,10 @@ use anyhow::{Result, ensure};
 use compose::Broker;
 use compose::harness::{Example, Running, TIMEOUT};
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rusqlite::Connection;
 
+use crate::administrator::create_topic;
 use crate::shared;
 
 const TOPIC: &str = "idempotent-payments";
@@ -115,12 +114,7 @@ async fn each_payment_once_with_two_members_and_six_partitions() -> Result<()> {
     let kafka = shared::kafka(&["kafka_idempotent_consumer"])?;
     let folder = tempfile::tempdir()?;
     let database = folder.path().join("payments.sqlite");
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    let topic = NewTopic::new(TOPIC, 6, TopicReplication::Fixed(1));
-    let created = admin.create_topics([&topic], &AdminOptions::new()).await?;
-    ensure!(created.iter().all(Result::is_ok), "{created:?}");
+    create_topic(&kafka, TOPIC, 6, &[]).await?;
     let mut first = consumer(&kafka, &database)?;
     let mut second = consumer(&kafka, &database)?;
     let mut done = || {

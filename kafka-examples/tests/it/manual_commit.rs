@@ -5,15 +5,12 @@ use std::collections::BTreeSet;
 use anyhow::Result;
 use compose::harness::{Example, Running, TIMEOUT};
 use compose::{Broker, Service};
-use rdkafka::admin::{
-    AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication,
-};
-use rdkafka::client::DefaultClientContext;
+use rdkafka::admin::{AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::message::{Header, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message};
 
-use crate::administrator::tool;
+use crate::administrator::{admin, create_topic, tool};
 use crate::reader::{committed, header, read, send_large};
 use crate::shared;
 
@@ -110,13 +107,8 @@ async fn malformed_orders_are_dead_lettered_unchanged() -> Result<()> {
 #[tokio::test]
 async fn without_a_dead_letter_the_position_does_not_pass_the_order() -> Result<()> {
     let kafka = shared::kafka(&["kafka_manual_commit"])?;
-    let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", kafka.address());
-    let admin: AdminClient<DefaultClientContext> = config.create()?;
-    let topic = NewTopic::new("reliable-orders.dlq", 1, TopicReplication::Fixed(1));
-    let topic = topic.set("max.message.bytes", "50");
-    let options = AdminOptions::new();
-    admin.create_topics([&topic], &options).await?;
+    let limit = [("max.message.bytes", "50")];
+    create_topic(&kafka, "reliable-orders.dlq", 1, &limit).await?;
     send(&kafka, "0", &["order-0", "invalid-1", "order-2"])?;
     for _ in 0..2 {
         let ended = consumer(&kafka)?.wait(TIMEOUT)?;
@@ -129,7 +121,9 @@ async fn without_a_dead_letter_the_position_does_not_pass_the_order() -> Result<
     }
     let topic = ResourceSpecifier::Topic("reliable-orders.dlq");
     let larger = AlterConfig::new(topic).set("max.message.bytes", "5000");
-    let altered = admin.alter_configs([&larger], &options).await?;
+    let altered = admin(&kafka)?
+        .alter_configs([&larger], &AdminOptions::new())
+        .await?;
     assert!(altered.iter().all(Result::is_ok), "{altered:?}");
     let mut consumer = consumer(&kafka)?;
     consumer.wait_for("offset 1: dead-lettered: invalid", TIMEOUT)?;

@@ -5,12 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use compose::Broker;
 use compose::harness::{Example, Finished, TIMEOUT};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
+use crate::administrator::create_topic;
 use crate::reader::positions;
 use crate::shared;
 
@@ -42,12 +41,7 @@ fn committed(kafka: &Broker) -> Result<Vec<i64>> {
 
 /// Three partitions with four records, one record and none. One record a minute, from noon.
 async fn topic(kafka: &Broker) -> Result<()> {
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    let topic = NewTopic::new(TOPIC, 3, TopicReplication::Fixed(1));
-    let topic = topic.set("retention.ms", "-1");
-    admin.create_topics([&topic], &AdminOptions::new()).await?;
+    create_topic(kafka, TOPIC, 3, &[("retention.ms", "-1")]).await?;
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka.address())
         .create()?;

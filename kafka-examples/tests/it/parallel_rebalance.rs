@@ -3,12 +3,13 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use compose::Broker;
 use compose::harness::{Example, Running, TIMEOUT};
 use rdkafka::ClientConfig;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 
+use crate::arriving_orders::{confirm, while_fed};
 use crate::parallel_consumer::{Done, check_order, distinct, done, send};
 use crate::reader::committed;
 use crate::shared;
@@ -90,11 +91,7 @@ fn feed(kafka: &Broker, stop: &AtomicBool) -> Result<usize> {
         }
         std::thread::sleep(Duration::from_millis(8));
     }
-    let sent = reports.len();
-    for report in reports {
-        futures::executor::block_on(report)?.map_err(|(error, _)| error)?;
-    }
-    Ok(sent)
+    confirm(reports)
 }
 
 fn wait_for_all(before: &Done, member: &mut Running, sent: usize) -> Result<()> {
@@ -118,28 +115,22 @@ fn a_handover_repeats_no_record_and_keeps_the_order_of_each_key() -> Result<()> 
 fn handover(kafka: &Broker) -> Result<bool> {
     let mut first = example(kafka)?;
     let mut second = None;
-    let stop = AtomicBool::new(false);
-    let sent = std::thread::scope(|scope| {
-        let feeder = scope.spawn(|| feed(kafka, &stop));
-        let ran = (|| {
-            for _ in 0..200 {
-                first.wait_for(" done", TIMEOUT)?;
-            }
-            let second = second.insert(example(kafka)?);
-            for _ in 0..200 {
-                second.wait_for(" done", TIMEOUT)?;
-            }
-            first.terminate()?;
-            first.wait(TIMEOUT)?.ok()?;
-            for _ in 0..200 {
-                second.wait_for(" done", TIMEOUT)?;
-            }
-            anyhow::Ok(())
-        })();
-        stop.store(true, Ordering::Relaxed);
-        let sent = feeder.join();
-        ran.and(sent.map_err(|_| anyhow!("the feeder panicked"))?)
-    })?;
+    let busy = || {
+        for _ in 0..200 {
+            first.wait_for(" done", TIMEOUT)?;
+        }
+        let second = second.insert(example(kafka)?);
+        for _ in 0..200 {
+            second.wait_for(" done", TIMEOUT)?;
+        }
+        first.terminate()?;
+        first.wait(TIMEOUT)?.ok()?;
+        for _ in 0..200 {
+            second.wait_for(" done", TIMEOUT)?;
+        }
+        Ok(())
+    };
+    let sent = while_fed(|stop| feed(kafka, stop), busy)?;
     let mut second = second.context("no second member")?;
     let before = done(&mut first)?;
     wait_for_all(&before, &mut second, sent)?;

@@ -35,11 +35,7 @@ pub fn positions(kafka: &Broker, group: &str, topic: &str) -> Result<BTreeMap<i3
         .set("bootstrap.servers", kafka.address())
         .set("group.id", group)
         .create()?;
-    let metadata = observer.fetch_metadata(Some(topic), TIMEOUT)?;
-    let mut asked = TopicPartitionList::new();
-    for partition in metadata.topics()[0].partitions() {
-        asked.add_partition(topic, partition.id());
-    }
+    let asked = partitions(&observer, topic)?;
     let deadline = Instant::now() + TIMEOUT;
     let list = loop {
         match observer.committed_offsets(asked.clone(), TIMEOUT) {
@@ -49,15 +45,38 @@ pub fn positions(kafka: &Broker, group: &str, topic: &str) -> Result<BTreeMap<i3
         }
         std::thread::sleep(Duration::from_millis(50));
     };
-    let position = |offset| match offset {
-        Offset::Offset(next) => Some(next),
-        _ => None,
-    };
     let elements = list.elements();
     let positions = elements
         .iter()
         .map(|at| (at.partition(), position(at.offset())));
     Ok(positions.collect())
+}
+
+fn partitions(client: &BaseConsumer, topic: &str) -> Result<TopicPartitionList> {
+    let metadata = client.fetch_metadata(Some(topic), TIMEOUT)?;
+    let mut all = TopicPartitionList::new();
+    for partition in metadata.topics()[0].partitions() {
+        all.add_partition(topic, partition.id());
+    }
+    Ok(all)
+}
+
+fn position(offset: Offset) -> Option<i64> {
+    match offset {
+        Offset::Offset(next) => Some(next),
+        _ => None,
+    }
+}
+
+/// How many records the group of this client has not committed. Fails while the broker starts.
+pub fn left(judge: &BaseConsumer, topic: &str) -> Result<i64> {
+    let committed = judge.committed_offsets(partitions(judge, topic)?, TIMEOUT)?;
+    let mut left = 0;
+    for at in committed.elements() {
+        let (_, end) = judge.fetch_watermarks(topic, at.partition(), TIMEOUT)?;
+        left += end - position(at.offset()).unwrap_or(0);
+    }
+    Ok(left)
 }
 
 /// As [`positions`], with 0 where the group has committed nothing.
@@ -77,16 +96,12 @@ pub fn read(kafka: &Broker, topic: &str, isolation: &str) -> Result<Vec<OwnedMes
         .set("enable.partition.eof", "true")
         .set("isolation.level", isolation)
         .create()?;
-    let metadata = reader.fetch_metadata(Some(topic), TIMEOUT)?;
-    let partitions = metadata.topics()[0].partitions().len();
-    let mut all = TopicPartitionList::new();
-    for partition in 0..i32::try_from(partitions)? {
-        all.add_partition_offset(topic, partition, Offset::Beginning)?;
-    }
+    let mut all = partitions(&reader, topic)?;
+    all.set_all_offsets(Offset::Beginning)?;
     reader.assign(&all)?;
     let (mut records, mut ends) = (Vec::new(), BTreeSet::new());
     let deadline = Instant::now() + TIMEOUT;
-    while ends.len() < partitions {
+    while ends.len() < all.count() {
         ensure!(Instant::now() < deadline, "cannot read {topic} to its end");
         match reader.poll(Duration::from_secs(1)) {
             Some(Ok(record)) => records.push(record.detach()),

@@ -5,11 +5,12 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use compose::harness::{Example, Running, TIMEOUT};
 use compose::{Broker, Service};
-use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{BaseProducer, BaseRecord, FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
+use crate::administrator::{admin, create_topic};
 use crate::reader;
 use crate::shared;
 
@@ -41,9 +42,7 @@ fn config(kafka: &Broker) -> ClientConfig {
 
 /// A reading for each minute from noon on, in turn to two partitions.
 async fn fill(kafka: &Broker) -> Result<AdminClient<DefaultClientContext>> {
-    let admin: AdminClient<DefaultClientContext> = config(kafka).create()?;
-    let topic = NewTopic::new(TOPIC, 2, TopicReplication::Fixed(1)).set("retention.ms", "-1");
-    admin.create_topics([&topic], &AdminOptions::new()).await?;
+    create_topic(kafka, TOPIC, 2, &[("retention.ms", "-1")]).await?;
     let producer: FutureProducer = config(kafka).create()?;
     for minute in 0..12 {
         let reading = format!("{minute} °C");
@@ -54,7 +53,7 @@ async fn fill(kafka: &Broker) -> Result<AdminClient<DefaultClientContext>> {
         let sent = producer.send(record, TIMEOUT).await;
         sent.map_err(|(error, _)| error)?;
     }
-    Ok(admin)
+    admin(kafka)
 }
 
 #[tokio::test]

@@ -3,12 +3,11 @@
 use anyhow::{Context, Result, ensure};
 use compose::harness::{Example, TIMEOUT, produce_kafka_record};
 use compose::{Broker, Service};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::message::{Header, Headers, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message};
 
+use crate::administrator::create_topic;
 use crate::reader::read;
 use crate::shared;
 
@@ -20,12 +19,10 @@ async fn replies_find_their_requests_among_malformed_and_foreign_records() -> Re
     let kafka = shared::kafka(&["kafka_request_reply"])?;
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", kafka.address());
-    let admin: AdminClient<DefaultClientContext> = config.create()?;
     // Other numbers of partitions than the broker would choose.
-    let topics = [(REQUESTS, 6), (REPLIES, 4), ("own-replies", 1)]
-        .map(|(name, partitions)| NewTopic::new(name, partitions, TopicReplication::Fixed(1)));
-    let created = admin.create_topics(&topics, &AdminOptions::new()).await?;
-    ensure!(created.iter().all(Result::is_ok), "{created:?}");
+    for (name, partitions) in [(REQUESTS, 6), (REPLIES, 4), ("own-replies", 1)] {
+        create_topic(&kafka, name, partitions, &[]).await?;
+    }
     let producer: FutureProducer = config.create()?;
     let send = async |topic: &str, headers: &[(&str, &str)], payload: Option<&[u8]>| {
         let mut all = OwnedHeaders::new();

@@ -7,11 +7,9 @@ use anyhow::{Result, ensure};
 use compose::harness::{Example, TIMEOUT};
 use compose::{Broker, Service};
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 
-use crate::administrator::tool;
+use crate::administrator::{create_topic, tool};
 
 const EXACTLY_ONCE: &str = env!("CARGO_BIN_EXE_kafka_exactly_once");
 const IDEMPOTENT_CONSUMER: &str = env!("CARGO_BIN_EXE_kafka_idempotent_consumer");
@@ -45,18 +43,16 @@ async fn existing_topics_are_enough_and_other_missing_permissions_end_the_progra
     tool(&kafka, "AclCommand", &[&["--add"], &create[..]].concat())?;
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", kafka.address());
-    let admin: AdminClient<DefaultClientContext> = config.create()?;
-    let topics = [
+    for topic in [
         "exactly-once.orders",
         "exactly-once.invoices",
         "exactly-once.orders.dlq",
         "idempotent-payments",
         "wait-requests",
         "wait-replies",
-    ]
-    .map(|name| NewTopic::new(name, 5, TopicReplication::Fixed(1)));
-    let created = admin.create_topics(&topics, &AdminOptions::new()).await?;
-    ensure!(created.iter().all(Result::is_ok), "{created:?}");
+    ] {
+        create_topic(&kafka, topic, 5, &[]).await?;
+    }
     tool(
         &kafka,
         "AclCommand",

@@ -6,15 +6,14 @@ use std::os::unix::ffi::OsStrExt;
 use anyhow::Result;
 use compose::harness::{Example, Finished, TIMEOUT, produce_kafka_record};
 use compose::{Broker, Service};
-use rdkafka::admin::{AdminClient, AdminOptions};
-use rdkafka::client::DefaultClientContext;
+use rdkafka::TopicPartitionList;
+use rdkafka::admin::AdminOptions;
 use rdkafka::message::{Headers, Message};
 use rdkafka::mocking::MockCluster;
 use rdkafka::types::RDKafkaApiKey;
 use rdkafka::types::RDKafkaRespErr::*;
-use rdkafka::{ClientConfig, TopicPartitionList};
 
-use crate::administrator::create_topic;
+use crate::administrator::{admin, create_topic};
 use crate::reader::read;
 use crate::shared;
 
@@ -174,12 +173,11 @@ async fn each_partition_is_shown_from_the_offset_to_its_end() -> Result<()> {
     assert_eq!(count(tail(&kafka, &["-e", "-o", "end", "many"])?)?, 0);
 
     // Records before an offset can be gone.
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
     let mut before = TopicPartitionList::new();
     before.add_partition_offset("many", 3, rdkafka::Offset::Offset(2))?;
-    admin.delete_records(&before, &AdminOptions::new()).await?;
+    admin(&kafka)?
+        .delete_records(&before, &AdminOptions::new())
+        .await?;
     assert_eq!(count(tail(&kafka, &["-e", "-o", "0", "many"])?)?, 7);
     let ended = tail(&kafka, &["-e", "missing-topic"])?;
     assert_eq!(ended.code(), 1);

@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use compose::harness::{Direction, Example, Proxy, Running, TIMEOUT};
 use compose::{Broker, Service};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
-use rdkafka::{ClientConfig, Message};
+use rdkafka::Message;
 
+use crate::administrator::create_topic;
 use crate::reader;
 use crate::shared;
 
@@ -116,12 +115,7 @@ fn accepted_order_is_at_the_place_in_the_answer() -> Result<()> {
 async fn invalid_and_large_orders_are_refused_and_not_written() -> Result<()> {
     let kafka = shared::kafka(&["kafka_web_service"])?;
     // The topic allows less than the service.
-    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
-        .set("bootstrap.servers", kafka.address())
-        .create()?;
-    let topic = NewTopic::new(TOPIC, 1, TopicReplication::Fixed(1));
-    let topic = topic.set("max.message.bytes", "1000");
-    admin.create_topics([&topic], &AdminOptions::new()).await?;
+    create_topic(&kafka, TOPIC, 1, &[("max.message.bytes", "1000")]).await?;
     let mut service = example().broker(&kafka).spawn()?;
     let address = address(&mut service)?;
     let (large, huge) = (order(&"x".repeat(5_000)), order(&"x".repeat(3_000_000)));
