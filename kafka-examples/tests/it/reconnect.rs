@@ -82,6 +82,25 @@ fn ticks_without_a_report_are_an_error() -> Result<()> {
     Ok(())
 }
 
+/// The outage is longer than `message.timeout.ms`, a minute. The program continues, and tells it at its end.
+#[test]
+fn a_tick_that_is_not_confirmed_in_time_is_an_error() -> Result<()> {
+    let kafka = Broker::private(Service::Kafka)?;
+    let mut ticks = start(PRODUCER, &kafka)?;
+    ticks.wait_for("confirmed: tick 5", TIMEOUT)?;
+    kafka.kill(1)?;
+    ticks.wait_for("not confirmed in time: tick ", TIMEOUT)?;
+    kafka.restart(1)?;
+    ticks.wait_for("confirmed: tick", TIMEOUT)?;
+    ticks.terminate()?;
+    let ended = ticks.wait(TIMEOUT)?;
+    assert_eq!(ended.code(), 1, "{}", ended.stdout);
+    let told = "ticks were not confirmed in time";
+    assert!(ended.stderr.contains(told), "{}", ended.stderr);
+    assert!(!ended.stdout.contains("every tick"), "{}", ended.stdout);
+    Ok(())
+}
+
 #[tokio::test]
 async fn the_consumer_continues_after_an_outage_where_it_was() -> Result<()> {
     let kafka = Broker::private(Service::Kafka)?;
